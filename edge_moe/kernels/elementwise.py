@@ -1,0 +1,107 @@
+"""Kernels that touch each value once: norms, rotary embedding, gated activation, weighted sums, bf16 rounding."""
+
+import numba
+import numpy as np
+from numba import prange
+
+from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
+
+_ROWS_PER_TASK = 16  # enough work to be worth a thread, small enough to balance
+
+
+@inline_kernel
+def _rms_norm_row(x, weight, eps, out):
+    total = np.float32(0.0)
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    scale = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + eps)
+    for i in range(x.shape[0]):
+        out[i] = x[i] * scale * weight[i]
+
+
+@kernel
+def rms_norm(x, weight, eps):
+    """Root-mean-square norm of each row. x f32[T,D], weight f32[D], eps f32 -> f32[T,D]."""
+    out = np.empty(x.shape, np.float32)
+    for t in range(x.shape[0]):
+        _rms_norm_row(x[t], weight, eps, out[t])
+    return out
+
+
+@kernel
+def rope_pairs(x, cos, sin):
+    """Rotate adjacent pairs of the last axis. x f32[T,H,P], cos and sin f32[T,P/2] -> f32[T,H,P].
+
+    Source: RoFormer, arXiv 2104.09864, equation 34, in the paper's own order of dimensions.
+    """
+    out = np.empty(x.shape, np.float32)
+    for t in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for i in range(cos.shape[1]):
+                even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
+                out[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
+                out[t, h, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
+    return out
+
+
+@inline_kernel
+def to_bf16(value):
+    """Round f32 to the nearest bf16, ties to even; returns its 16 bits. NaN keeps its sign and stays NaN."""
+    bits = np.float32(value).view(np.uint32)
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(64))
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@inline_kernel
+def from_bf16(bits):
+    """The f32 value of 16 bf16 bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@kernel
+def store_bf16(values, out):
+    """Round values f32[T,N] into out u16[T,N] (bf16 bits)."""
+    for t in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            out[t, i] = to_bf16(values[t, i])
+
+
+@parallel_kernel
+def silu_multiply(gate, up):
+    """silu(gate) * up, the gated activation of each expert. f32[M,F], f32[M,F] -> f32[M,F]."""
+    n_rows = gate.shape[0]
+    out = np.empty(gate.shape, np.float32)
+    n_tasks = (n_rows + _ROWS_PER_TASK - 1) // _ROWS_PER_TASK
+    for task in prange(n_tasks):
+        for m in range(task * _ROWS_PER_TASK, min(n_rows, (task + 1) * _ROWS_PER_TASK)):
+            for i in range(gate.shape[1]):
+                g = gate[m, i]
+                out[m, i] = g / (np.float32(1.0) + np.exp(-g)) * up[m, i]
+    return out
+
+
+@parallel_kernel
+def weighted_sum(values, positions, weights):
+    """Sum each token's expert outputs. values f32[M,D], positions i64[T,K], weights f32[T,K] -> f32[T,D]."""
+    n_tokens, n_active = positions.shape
+    out = np.empty((n_tokens, values.shape[1]), np.float32)
+    n_tasks = (n_tokens + _ROWS_PER_TASK - 1) // _ROWS_PER_TASK
+    for task in prange(n_tasks):
+        for t in range(task * _ROWS_PER_TASK, min(n_tokens, (task + 1) * _ROWS_PER_TASK)):
+            out[t] = 0
+            for k in range(n_active):
+                row, weight = values[positions[t, k]], weights[t, k]
+                for i in range(values.shape[1]):
+                    out[t, i] += weight * row[i]
+    return out
+
+
+def set_threads(n_threads: int) -> None:
+    """Use `n_threads` in the kernels that the calling Python thread starts from now on."""
+    numba.set_num_threads(n_threads)
+
+
+def max_threads() -> int:
+    """The most threads that `set_threads` takes in this process."""
+    return int(numba.config.NUMBA_NUM_THREADS)

@@ -1,0 +1,131 @@
+"""All numba flags, and the cache of compiled kernels in the user's cache folder."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+import platformdirs
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# reassoc lets LLVM vectorize sums, contract allows fused multiply-add; nnan and ninf are left out: masks use -inf.
+FASTMATH = frozenset({"reassoc", "contract", "nsz", "arcp"})
+FLAGS: dict[str, Any] = {
+    "nogil": True,  # I/O and other requests go on while a kernel runs
+    "fastmath": set(FASTMATH),
+    "error_model": "numpy",  # no branch for division by zero in inner loops
+    "boundscheck": False,  # shapes and offsets are checked before a kernel is called
+}
+_KERNELS_DIR = Path(__file__).parent
+_observers: list[Callable[[str], None]] = []
+
+
+def kernel(function: F) -> F:
+    """Compile a kernel that runs on the calling thread."""
+    return _cached(numba.njit(**FLAGS)(function))
+
+
+def parallel_kernel(function: F) -> F:
+    """Compile a kernel whose `prange` loops run on all threads; each iteration must own its output."""
+    return _cached(numba.njit(parallel=True, **FLAGS)(function))
+
+
+def inline_kernel(function: F) -> F:
+    """Compile a helper that only other kernels call: not cached by itself, since it is part of its callers."""
+    return numba.njit(**FLAGS)(function)
+
+
+@contextmanager
+def observe_compilation(callback: Callable[[str], None]) -> Iterator[None]:
+    """Call `callback(kernel_name)` each time a kernel is about to be compiled rather than loaded from the cache."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels; EDGE_MOE_CACHE_DIR names another place for all that edge_moe caches."""
+    root = os.environ.get("EDGE_MOE_CACHE_DIR") or platformdirs.user_cache_dir("edge-moe", appauthor=False)
+    return Path(root) / "kernels"
+
+
+@cache
+def _source_hash(path: Path) -> str:
+    """Hash of a kernel module and the kernel modules it imports: numba alone would look at the first only."""
+    seen: set[Path] = set()
+    pending = [path]
+    while pending:
+        current = pending.pop()
+        if current in seen or not current.exists():
+            continue
+        seen.add(current)
+        names = re.findall(r"edge_moe\.kernels(?:\.(\w+)| import ([\w, ]+))", current.read_text(encoding="utf-8"))
+        for dotted, listed in names:
+            pending += [_KERNELS_DIR / f"{name.strip()}.py" for name in (dotted or listed).split(",")]
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted(seen):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Locator(_CacheLocator):
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        self._path = Path(py_file)
+
+    def get_cache_path(self) -> str:
+        return str(cache_dir() / f"{self._path.stem}-{_source_hash(self._path)}")
+
+    def get_source_stamp(self) -> str:
+        return _source_hash(self._path)
+
+    def get_disambiguator(self) -> None:
+        return None
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> "_Locator | None":
+        locator = cls(py_func, py_file)
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None
+        return locator
+
+
+class _CacheImpl(CompileResultCacheImpl):
+    _locator_classes = [_Locator]  # noqa: RUF012 (numba's own interface)
+
+
+class _KernelCache(FunctionCache):
+    _impl_class = _CacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:  # a cache file cut short by a crash must cost a compilation, not the run
+            found = None
+        if found is None:
+            for observer in _observers:
+                observer(self._py_func.__name__)
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:  # a full or read-only disk: run uncached
+            self.disable()
+
+
+def _cached(dispatcher: Any) -> Any:
+    with suppress(RuntimeError):  # raised where no folder can be written: then each start compiles
+        dispatcher._cache = _KernelCache(dispatcher.py_func)
+    return dispatcher

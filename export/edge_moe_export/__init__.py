@@ -1,0 +1,1 @@
+"""The exporters: models written as GGUF and ONNX."""

@@ -1,0 +1,1 @@
+"""The quantizer: weights to 4- and 8-bit blocks."""

@@ -1,0 +1,177 @@
+"""Attention, routing and elementwise kernels against slow numpy twins."""
+
+import numba
+import numpy as np
+import pytest
+
+from edge_moe.kernels import elementwise, routing
+from edge_moe.kernels.attention import latent_attention
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def bf16_values(values):
+    """Nearest bf16 of each value (ties to even), as f32: by searching the two neighbours in f64."""
+    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    lower, upper = (bits >> 16) << 16, ((bits >> 16) + 1) << 16
+    lower_f, upper_f = (x.astype(np.uint32).view(np.float32).astype(np.float64) for x in (lower, upper))
+    exact = np.asarray(values, np.float64)
+    take_upper = np.abs(upper_f - exact) < np.abs(exact - lower_f)
+    tie = np.abs(upper_f - exact) == np.abs(exact - lower_f)
+    take_upper |= tie & ((lower >> 16) & 1 == 1)
+    return np.where(take_upper, upper_f, lower_f).astype(np.float32)
+
+
+def test_rms_norm(rng):
+    x, weight = rng.standard_normal((5, 96), np.float32) * 3, rng.standard_normal(96, np.float32)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(elementwise.rms_norm(x, weight, np.float32(1e-5)), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_rope_turns_adjacent_pairs(rng):
+    x = rng.standard_normal((3, 2, 8), np.float32)
+    angles = rng.standard_normal((3, 4))
+    pairs = x.astype(np.float64)[..., 0::2] + 1j * x.astype(np.float64)[..., 1::2]
+    turned = pairs * np.exp(1j * angles)[:, None, :]
+    expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    got = elementwise.rope_pairs(x, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_store_bf16_rounds_to_nearest_even(rng):
+    values = np.concatenate(
+        [rng.standard_normal(1000) * 10.0 ** rng.integers(-30, 30, 1000), [0.0, -0.0, 1.0, 1.00390625, 1.01171875]]
+    ).astype(np.float32)[None]
+    out = np.zeros(values.shape, np.uint16)
+    elementwise.store_bf16(values, out)
+    got = (out.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(got, bf16_values(values))
+
+
+def test_store_bf16_keeps_nan_and_infinity():
+    values = np.array([[np.nan, np.inf, -np.inf]], np.float32)
+    out = np.zeros(values.shape, np.uint16)
+    elementwise.store_bf16(values, out)
+    np.testing.assert_array_equal((out.astype(np.uint32) << 16).view(np.float32), values)
+
+
+def test_silu_multiply(rng):
+    gate, up = rng.standard_normal((37, 24), np.float32) * 5, rng.standard_normal((37, 24), np.float32)
+    gate[0, 0], gate[0, 1] = -200, 200
+    wide = gate.astype(np.float64)
+    expected = wide / (1 + np.exp(-wide)) * up
+    np.testing.assert_allclose(elementwise.silu_multiply(gate, up), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_weighted_sum(rng, n_tokens):
+    values = rng.standard_normal((n_tokens * 3, 10), np.float32)
+    positions = rng.permutation(n_tokens * 3).reshape(n_tokens, 3)
+    weights = rng.random((n_tokens, 3), np.float32)
+    expected = (values[positions].astype(np.float64) * weights[..., None]).sum(1)
+    np.testing.assert_allclose(elementwise.weighted_sum(values, positions, weights), expected, rtol=1e-5, atol=1e-6)
+
+
+def slow_route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, scale):
+    """One token at a time, by sorting."""
+    all_ids, all_weights = [], []
+    for row in logits.astype(np.float64):
+        probs = 1 / (1 + np.exp(-row)) if sigmoid else np.exp(row) / np.exp(row).sum()
+        selection = probs + bias
+        if n_group > 1:
+            groups = selection.reshape(n_group, -1)
+            scores = np.sort(groups, -1)[:, ::-1][:, :group_score_experts].sum(-1)
+            dropped = np.argsort(-scores)[topk_group:]
+            groups[dropped] = -np.inf
+            selection = groups.ravel()
+        ids = np.argsort(-selection)[:top_k]
+        weights = probs[ids]
+        if norm:
+            weights = weights / max(weights.sum(), 2.0**-14)
+        all_ids.append(ids)
+        all_weights.append(weights * scale)
+    return np.array(all_ids), np.array(all_weights)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize(("n_group", "topk_group", "group_score_experts"), [(1, 1, 1), (4, 2, 1), (4, 2, 2), (8, 3, 2)])
+def test_route(rng, norm, sigmoid, n_group, topk_group, group_score_experts):
+    logits = rng.standard_normal((50, 32), np.float32) * 3
+    bias = rng.standard_normal(32, np.float32) * 0.3
+    rule = (sigmoid, n_group, topk_group, group_score_experts, 5, norm, 2.5)
+    ids, weights = routing.route(logits, bias, *rule[:-1], np.float32(rule[-1]))
+    expected_ids, expected_weights = slow_route(logits, bias, *rule)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=2e-5)
+
+
+def test_route_survives_nan():
+    ids, _ = routing.route(
+        np.full((2, 8), np.nan, np.float32), np.zeros(8, np.float32), False, 4, 2, 1, 3, True, np.float32(1)
+    )
+    assert ids.min() >= 0
+    assert all(len(set(row)) == 3 for row in ids.tolist())
+
+
+def test_group_by_expert(rng):
+    ids = np.array([rng.choice(12, 3, replace=False) for _ in range(20)])
+    active, offsets, rows, positions = routing.group_by_expert(ids, 12)
+    assert active.tolist() == sorted(set(ids.ravel().tolist()))
+    for g, expert in enumerate(active):
+        tokens = rows[offsets[g] : offsets[g + 1]]
+        assert tokens.tolist() == [t for t in range(20) if expert in ids[t]]
+    for t in range(20):
+        for k in range(3):
+            m = positions[t, k]
+            assert rows[m] == t
+            assert active[np.searchsorted(offsets, m, side="right") - 1] == ids[t, k]
+
+
+def slow_attention(query, cache_values, start, rank, scale):
+    """Softmax over all visible positions at once, in f64."""
+    out = np.empty((*query.shape[:2], rank))
+    for t in range(query.shape[0]):
+        seen = cache_values[: start + t + 1].astype(np.float64)
+        for h in range(query.shape[1]):
+            scores = seen @ query[t, h].astype(np.float64) * scale
+            p = np.exp(scores - scores.max())
+            out[t, h] = (p / p.sum()) @ seen[:, :rank]
+    return out
+
+
+@pytest.mark.parametrize(("n_tokens", "start"), [(1, 0), (1, 5), (1, 700), (3, 253), (8, 0), (19, 33), (12, 300)])
+def test_latent_attention(rng, n_tokens, start):
+    rank, rope, n_heads = 48, 16, 3
+    values = rng.standard_normal((start + n_tokens, rank + rope)).astype(np.float32)
+    cache = np.zeros(values.shape, np.uint16)
+    elementwise.store_bf16(values, cache)
+    query = rng.standard_normal((n_tokens, n_heads, rank + rope)).astype(np.float32)
+    expected = slow_attention(query, bf16_values(values), start, rank, 0.3)
+    got = latent_attention(query, cache, start, rank, np.float32(0.3))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_latent_attention_with_sharp_scores(rng):
+    """Scores hundreds apart: the running maximum must rescale what came before."""
+    values = rng.standard_normal((600, 40)).astype(np.float32) * np.linspace(1, 40, 600, dtype=np.float32)[:, None]
+    cache = np.zeros(values.shape, np.uint16)
+    elementwise.store_bf16(values, cache)
+    query = rng.standard_normal((1, 2, 40)).astype(np.float32)
+    expected = slow_attention(query, bf16_values(values), 599, 32, 1.0)
+    np.testing.assert_allclose(latent_attention(query, cache, 599, 32, np.float32(1)), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_attention_does_not_depend_on_threads(rng):
+    cache = np.zeros((900, 64), np.uint16)
+    elementwise.store_bf16(rng.standard_normal((900, 64)).astype(np.float32), cache)
+    results = []
+    for n_threads in (1, numba.config.NUMBA_NUM_THREADS):
+        elementwise.set_threads(n_threads)
+        query = np.random.default_rng(1).standard_normal((2, 4, 64)).astype(np.float32)
+        results.append(latent_attention(query, cache, 898, 48, np.float32(0.2)))
+    np.testing.assert_array_equal(results[0], results[1])
