@@ -104,4 +104,4 @@ def set_threads(n_threads: int) -> None:
 
 def max_threads() -> int:
     """The most threads that `set_threads` takes in this process."""
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]

@@ -24,6 +24,11 @@ FLAGS: dict[str, Any] = {
     "error_model": "numpy",  # no branch for division by zero in inner loops
     "boundscheck": False,  # shapes and offsets are checked before a kernel is called
 }
+# GNU OpenMP spins for milliseconds at the end of a parallel loop: on a machine that does other work as well, threads
+# that wait hold up those that compute (tiny model, 2 threads, 2 busy cores: 5 tok/s spinning so, 100 tok/s not).
+# It reads this when it is loaded, which numba does at the first parallel loop.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 _KERNELS_DIR = Path(__file__).parent
 _observers: list[Callable[[str], None]] = []
 
@@ -41,6 +46,11 @@ def parallel_kernel(function: F) -> F:
 def inline_kernel(function: F) -> F:
     """Compile a helper that only other kernels call: not cached by itself, since it is part of its callers."""
     return numba.njit(**FLAGS)(function)
+
+
+def spliced_kernel(function: F) -> F:
+    """A helper with one caller, spliced into it before compilation: cheaper to compile than a function of its own."""
+    return numba.njit(inline="always", **FLAGS)(function)
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""The Python interface: load a model, stream text from it, or take its logits."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from edge_moe.backends.cpu import CpuBackend
+from edge_moe.checkpoint import Checkpoint, open_checkpoint
+from edge_moe.config import ModelConfig
+from edge_moe.errors import OptionError
+from edge_moe.generate import GenerationStats, Session
+from edge_moe.kernels.elementwise import max_threads
+from edge_moe.latent_cache import LatentCache
+from edge_moe.models import deepseek2
+from edge_moe.sampling import Sampler, SamplingOptions
+from edge_moe.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT_LENGTH = 16384
+
+
+class Model:
+    """A loaded model. Its weights stay in the file; one instance serves one thread at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, *, threads: int, context_length: int | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.config: ModelConfig = checkpoint.config
+        longest = self.config.max_position_embeddings
+        self.context_length = min(longest, DEFAULT_CONTEXT_LENGTH) if context_length is None else context_length
+        if not 1 <= self.context_length <= longest:
+            raise OptionError(f"-c/--ctx-size {context_length}: {checkpoint.path} takes 1 to {longest} tokens")
+        self.threads = threads
+        self.last_stats = GenerationStats()
+        self._pass = deepseek2.DeepseekV2(self.config, deepseek2.load_weights(checkpoint), CpuBackend(threads))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's own tokenizer."""
+        return Tokenizer.from_metadata(self.checkpoint.metadata, self.checkpoint.path)
+
+    def new_session(self, context_length: int | None = None) -> Session:
+        """An empty latent cache to generate with; a chat keeps one, so that each turn runs only what is new."""
+        return Session(self._pass, context_length or self.context_length)
+
+    def new_cache(self, context_length: int | None = None) -> LatentCache:
+        """An empty latent cache for `forward`."""
+        return LatentCache(self.config, context_length or self.context_length)
+
+    def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
+        """Run tokens behind those in `cache`. token_ids i64[T] -> f32[1,vocab] of the last, or f32[T,vocab] of all."""
+        return self._pass.forward(token_ids, cache, all_logits=all_logits)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after each token of a text from its beginning: f32[T,vocab]. Raises OptionError, ShapeError."""
+        session = self.new_session(max(1, min(len(token_ids), self.config.max_position_embeddings)))
+        return np.concatenate(list(session.prefill([int(i) for i in token_ids], all_logits=True)))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        options: SamplingOptions | None = None,
+        ignore_eos: bool = False,
+        parse_special: bool = False,
+        session: Session | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[str]:
+        """Stream the continuation of `prompt` (a text, or token ids) in pieces that never split a character.
+
+        Ends before the first of the `stop` strings. `last_stats` holds the figures during and after the iteration.
+        Raises OptionError for an empty or too long prompt or bad options.
+        """
+        if max_new_tokens < 1:
+            raise OptionError(f"-n/--n-predict {max_new_tokens}: expected at least 1")
+        if any(not each for each in stop):
+            raise OptionError("--stop: an empty string would stop before the first token; leave it out")
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
+        if session is None:
+            session = self.new_session(min(self.context_length, max(len(ids), 1) + max_new_tokens))
+            if len(ids) > self.context_length:
+                session = self.new_session()
+        tokens = session.generate(
+            ids,
+            Sampler(options or SamplingOptions()),
+            max_new_tokens=max_new_tokens,
+            eos_ids=() if ignore_eos else tokenizer.eos_ids,
+            on_progress=on_progress,
+        )
+        return self._stream(tokens, session, tuple(stop))
+
+    def _stream(self, tokens: Iterator[int], session: Session, stop: tuple[str, ...]) -> Iterator[str]:
+        stream = self.tokenizer.stream()
+        held = ""  # text that may be the beginning of a stop string
+        for token in tokens:
+            self.last_stats = session.stats
+            held += stream.push(token)
+            found = [at for at in (held.find(each) for each in stop) if at >= 0]
+            if found:
+                session.stats.stop_reason = "stop"
+                if min(found):
+                    yield held[: min(found)]
+                return
+            keep = max((_overlap(held, each) for each in stop), default=0)
+            if len(held) > keep:
+                yield held[: len(held) - keep]
+                held = held[len(held) - keep :]
+        self.last_stats = session.stats
+        if held := held + stream.flush():
+            yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def embedded_model_path() -> Path:
+    """The small model that comes with the package."""
+    return Path(str(resources.files("edge_moe") / "data" / "reference.gguf"))
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: a second hardware thread per core does not help these kernels."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, max_threads()))
+
+
+def load(
+    path: str | PathLike[str] | None = None, *, threads: int | None = None, context_length: int | None = None
+) -> Model:
+    """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
+
+    Raises OptionError, FormatError, UnsupportedError.
+    """
+    if threads is None:
+        threads = default_threads()
+    elif not 1 <= threads <= max_threads():
+        raise OptionError(f"-t/--threads {threads}: this machine takes 1 to {max_threads()}")
+    return Model(
+        open_checkpoint(embedded_model_path() if path is None else path), threads=threads, context_length=context_length
+    )

@@ -1,0 +1,115 @@
+"""The coarse operations of a model pass on the CPU, by the numba kernels.
+
+Every operation takes and gives float32 numpy arrays, and weights as they lie in the file. Slices are made contiguous
+before a kernel sees them, so that each kernel is compiled for one memory layout only.
+"""
+
+import numpy as np
+
+from edge_moe.kernels import elementwise, products, routing
+from edge_moe.kernels.attention import latent_attention
+from edge_moe.latent_cache import LatentCache
+from edge_moe.weights import Weight
+
+
+class CpuBackend:
+    """Operations with `threads` threads; results do not depend on their number."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def begin(self) -> None:
+        """Called at the start of each pass: numba keeps the number of threads per calling thread."""
+        elementwise.set_threads(self.threads)
+
+    def embed(self, weight: Weight, token_ids: np.ndarray) -> np.ndarray:
+        """Rows of the embedding matrix. token_ids i64[T] -> f32[T,D]."""
+        return products.decode_rows(weight.format, weight.address, token_ids, weight.shape[-1])
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """RMSNorm of each row. x f32[T,D], weight f32[D] -> f32[T,D]."""
+        return elementwise.rms_norm(np.ascontiguousarray(x), weight, np.float32(eps))
+
+    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
+        """Products of one input with several matrices. x f32[T,C] -> a list of f32[T,n_rows]."""
+        return products.linear(x, [(w.format, w.address, w.shape[0]) for w in weights])
+
+    def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        """A matrix of its own for each head. x f32[T,H,C], weight [H,n_rows,C] -> f32[T,H,n_rows]."""
+        n_tokens, n_heads, n_cols = x.shape
+        rows = np.arange(n_tokens * n_heads).reshape(n_tokens, n_heads).T.ravel()  # head by head
+        offsets = np.arange(n_heads + 1) * n_tokens
+        out = products.grouped_linear(
+            x.reshape(n_tokens * n_heads, n_cols), rows, offsets, weight.format, weight.addresses, weight.shape[1]
+        )
+        return out.reshape(n_heads, n_tokens, -1).transpose(1, 0, 2)
+
+    def per_head_transposed(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        """The same with each matrix transposed. x f32[T,H,n_rows], weight [H,n_rows,C] -> f32[T,H,C]."""
+        n_tokens, n_heads, n_rows = x.shape
+        by_head = x.transpose(1, 0, 2).reshape(n_heads * n_tokens, n_rows)
+        offsets = np.arange(n_heads + 1) * n_tokens
+        out = products.grouped_linear_transposed(
+            by_head, offsets, weight.format, weight.addresses, n_rows, weight.shape[2]
+        )
+        return out.reshape(n_heads, n_tokens, -1).transpose(1, 0, 2)
+
+    def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Rotate adjacent pairs. x f32[T,H,P], cos and sin f32[T,P/2] -> f32[T,H,P]."""
+        return elementwise.rope_pairs(np.ascontiguousarray(x), cos, sin)
+
+    def latent_attention(
+        self,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        cache: LatentCache,
+        layer: int,
+        scale: float,
+    ) -> np.ndarray:
+        """Append the new latents to the cache, then attend to all of it.
+
+        q_latent f32[T,H,R], q_pe f32[T,H,P], c_kv f32[T,R], k_pe f32[T,P] -> f32[T,H,R], latents weighted by softmax.
+        """
+        rows = cache.write(layer, c_kv, k_pe)
+        query = np.concatenate([q_latent, q_pe], axis=-1)
+        return latent_attention(query, rows, cache.length, q_latent.shape[-1], np.float32(scale))
+
+    def route(
+        self,
+        logits: np.ndarray,
+        bias: np.ndarray,
+        *,
+        sigmoid: bool,
+        n_group: int,
+        topk_group: int,
+        group_score_experts: int,
+        top_k: int,
+        norm: bool,
+        scale: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose experts. logits f32[T,E], bias f32[E] -> ids i64[T,K], weights f32[T,K]."""
+        return routing.route(
+            logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, np.float32(scale)
+        )
+
+    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
+        """down(silu(gate x) * (up x)). x f32[T,D] -> f32[T,D]."""
+        gated = elementwise.silu_multiply(*self.linear(x, gate, up))
+        return self.linear(gated, down)[0]
+
+    def experts(
+        self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
+    ) -> np.ndarray:
+        """The chosen experts' gated MLPs, weighted and summed. x f32[T,D], ids i64[T,K], weights f32[T,K] -> f32[T,D].
+
+        gate and up [E,F,D], down [E,D,F]; only the chosen experts' bytes are read.
+        """
+        active, offsets, rows, positions = routing.group_by_expert(ids, down.shape[0])
+
+        def product(inputs: np.ndarray, input_rows: np.ndarray, w: Weight) -> np.ndarray:
+            return products.grouped_linear(inputs, input_rows, offsets, w.format, w.addresses[active], w.shape[1])
+
+        gated = elementwise.silu_multiply(product(x, rows, gate), product(x, rows, up))
+        return elementwise.weighted_sum(product(gated, np.arange(len(rows)), down), positions, weights)

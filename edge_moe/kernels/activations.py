@@ -1,0 +1,103 @@
+"""The int8 form in which activations meet quantized weights, one record for each token.
+
+A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which the weights' minimums
+multiply: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns are filled up with
+zeros to a multiple of 64, so that a pair of blocks always fits.
+"""
+
+from numba import types
+
+from edge_moe.kernels.dots import MAX_ACTIVATION
+from edge_moe.kernels.jit import inline_kernel, kernel
+from edge_moe.kernels.simd import (
+    absolute,
+    convert,
+    f32x16,
+    fetch_add,
+    i8x16,
+    i32x16,
+    larger,
+    load,
+    reduce_add,
+    reduce_max,
+    rounded,
+    splat,
+    store,
+)
+
+ROWS_PER_UNIT = 8
+
+
+@inline_kernel
+def padded_columns(n_cols):
+    """Columns of a record: a multiple of 64."""
+    return (n_cols + 63) & ~63
+
+
+@inline_kernel
+def scales_offset(n_cols):
+    """Where in a record the scales start, in bytes."""
+    return padded_columns(n_cols)
+
+
+@inline_kernel
+def sums_offset(n_cols, group):
+    """Where in a record the sums start, in bytes."""
+    return padded_columns(n_cols) + padded_columns(n_cols) // group * 4
+
+
+def record_bytes(n_cols: int, group: int) -> int:
+    """Bytes from one token's record to the next, a multiple of 64."""
+    padded = (n_cols + 63) & ~63
+    size = padded + padded // group * 4 + (padded // 16 * 2 if group == 256 else padded // 32 * 4)
+    return (size + 63) & ~63
+
+
+@inline_kernel
+def _quantize_row(x, record, n_cols, group):
+    """x f32[n_cols] at an address -> its record at another."""
+    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, group)
+    for start in range(0, n_cols, group):
+        largest = splat(f32x16, types.float32(0.0))
+        for i in range(start, start + group, 16):
+            largest = larger(absolute(load(f32x16, x + 4 * i)), largest)
+        scale = reduce_max(largest) / types.float32(MAX_ACTIVATION)
+        inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
+        group_sum = types.int32(0)
+        for i in range(start, start + group, 16):
+            codes = convert(i32x16, rounded(load(f32x16, x + 4 * i) * inverse))
+            store(record + i, convert(i8x16, codes))
+            part = reduce_add(codes)
+            group_sum += part
+            if group == 256:
+                store(sums + i // 8, types.int16(part))
+        store(scales + start // group * 4, scale)
+        if group == 32:
+            store(sums + start // 8, types.float32(group_sum) * scale)
+    if n_cols & 63:
+        store_zeros(record + n_cols, 32)
+        store_zeros(scales + n_cols // 8, 4)
+        store_zeros(sums + n_cols // 8, 4)
+
+
+@inline_kernel
+def store_zeros(address, n_bytes):
+    """Clear memory, in steps of 4 bytes."""
+    for i in range(0, n_bytes, 4):
+        store(address + i, types.int32(0))
+
+
+@kernel
+def quantize_units(fmt, plan):
+    """Quantize rows as long as the plan has some. plan i64: counter, n_rows, x, records, record_bytes, n_cols, group."""
+    n_rows, x, records = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
+    stride, n_cols, group = load(types.int64, plan + 32), load(types.int64, plan + 40), load(types.int64, plan + 48)
+    while True:
+        start = fetch_add(plan, ROWS_PER_UNIT)
+        if start >= n_rows:
+            return 0
+        for i in range(start, min(start + ROWS_PER_UNIT, n_rows)):
+            if group == 32:  # constants make faster loops
+                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 32)
+            else:
+                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 256)

@@ -1,0 +1,483 @@
+"""SIMD registers as numba types: each operation is one LLVM vector instruction, lowered for the CPU that numba targets."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from edge_moe.kernels.target import TARGET
+
+INT32 = ir.IntType(32)
+
+
+class Vector(types.Type):
+    """`lanes` numbers of one type in a register, or in several where the CPU's registers are shorter."""
+
+    def __init__(self, element: types.Number, lanes: int) -> None:
+        self.element, self.lanes = element, lanes
+        super().__init__(name=f"{element}x{lanes}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, llvm_type(fe_type))
+
+
+# The kernels think in 64 bytes: one register of AVX-512, two of AVX2, four of NEON or SSE.
+u8x64, i8x64 = Vector(types.uint8, 64), Vector(types.int8, 64)
+u8x32, u8x16, i8x16, u8x8 = Vector(types.uint8, 32), Vector(types.uint8, 16), Vector(types.int8, 16), Vector(types.uint8, 8)
+u16x32, i16x32 = Vector(types.uint16, 32), Vector(types.int16, 32)
+u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
+u32x16, i32x16, f32x16 = Vector(types.uint32, 16), Vector(types.int32, 16), Vector(types.float32, 16)
+u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
+
+
+def llvm_type(t: types.Type) -> ir.Type:
+    """The LLVM type of a scalar or vector."""
+    if isinstance(t, Vector):
+        return ir.VectorType(llvm_type(t.element), t.lanes)
+    if isinstance(t, types.Float):
+        return ir.FloatType() if t.bitwidth == 32 else ir.DoubleType()
+    return ir.IntType(t.bitwidth)
+
+
+def constant(t: Vector, values: int | float | Sequence[int | float]) -> ir.Constant:
+    """A vector constant; one number stands for all lanes."""
+    lanes = list(values) if isinstance(values, Sequence) else [values] * t.lanes
+    return ir.Constant(llvm_type(t), lanes)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
+    """Call an LLVM intrinsic by its full name."""
+    function_type = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
+def suffix(t: ir.Type) -> str:
+    """The part of an LLVM intrinsic's name that says the type: v16f32."""
+    if isinstance(t, ir.VectorType):
+        return f"v{t.count}{suffix(t.element)}"
+    return "f32" if isinstance(t, ir.FloatType) else f"i{t.width}"
+
+
+def rearrange(builder: ir.IRBuilder, a: ir.Value, indices: Sequence[int], b: ir.Value | None = None) -> ir.Value:
+    """Pick lanes from a (and b, whose lanes count on from a's)."""
+    mask = ir.Constant(ir.VectorType(INT32, len(indices)), list(indices))
+    return builder.shuffle_vector(a, ir.Constant(a.type, ir.Undefined) if b is None else b, mask)
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """One scalar in all lanes."""
+    vector_type = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(INT32, 0))
+    return rearrange(builder, first, [0] * lanes)
+
+
+def load_at(builder: ir.IRBuilder, address: ir.Value, t: ir.Type, offset: int = 0) -> ir.Value:
+    """Read memory at an address that need not be aligned."""
+    if offset:
+        address = builder.add(address, ir.Constant(address.type, offset))
+    value = builder.load(builder.inttoptr(address, t.as_pointer()))
+    value.align = 1
+    return value
+
+
+def store_at(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, offset: int = 0) -> None:
+    """Write memory at an address that need not be aligned."""
+    if offset:
+        address = builder.add(address, ir.Constant(address.type, offset))
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+# ---- memory
+
+
+@intrinsic
+def load(typingctx: Any, kind: Any, address: Any) -> Any:
+    """load(f32x16, address): the vector or scalar at a raw address, aligned or not."""
+    result = kind.instance_type
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return load_at(builder, args[1], llvm_type(result))
+
+    return result(kind, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, address: Any, value: Any) -> Any:
+    """store(address, value): write a vector or scalar."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        store_at(builder, args[0], args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for a cache line that will be read soon; any address will do, it never faults."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        hints = [ir.Constant(INT32, v) for v in (0, 3, 1)]  # read, keep in all levels, data
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
+    """Add to the int64 at an address in one atomic step; returns what was there before."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+# ---- making and converting
+
+
+@intrinsic
+def splat(typingctx: Any, kind: Any, scalar: Any) -> Any:
+    """splat(f32x16, x): x in all lanes."""
+    vector = kind.instance_type
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return spread(builder, args[1], vector.lanes)
+
+    return vector(kind, vector.element), codegen
+
+
+@intrinsic
+def convert(typingctx: Any, kind: Any, value: Any) -> Any:
+    """convert(f32x16, v): the same numbers in another type; integers keep their low bits when narrowed."""
+    result = kind.instance_type
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source, target, v = value.element, result.element, args[1]
+        goal = llvm_type(result)
+        if isinstance(target, types.Float):
+            return builder.sitofp(v, goal) if source.signed else builder.uitofp(v, goal)
+        if isinstance(source, types.Float):
+            return builder.fptosi(v, goal)
+        if source.bitwidth == target.bitwidth:
+            return v
+        if source.bitwidth > target.bitwidth:
+            return builder.trunc(v, goal)
+        return builder.sext(v, goal) if source.signed else builder.zext(v, goal)
+
+    return result(kind, value), codegen
+
+
+@intrinsic
+def view(typingctx: Any, kind: Any, value: Any) -> Any:
+    """view(u16x32, v): the same bits as another type."""
+    result = kind.instance_type
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[1], llvm_type(result))
+
+    return result(kind, value), codegen
+
+
+@intrinsic
+def join(typingctx: Any, low: Any, high: Any) -> Any:
+    """Two vectors as one of twice the lanes."""
+    result = Vector(low.element, 2 * low.lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return rearrange(builder, args[0], range(2 * low.lanes), args[1])
+
+    return result(low, low), codegen
+
+
+def _part(first: int) -> Any:
+    @intrinsic
+    def part(typingctx: Any, value: Any) -> Any:
+        lanes = value.lanes // 2
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return rearrange(builder, args[0], range(first * lanes, (first + 1) * lanes))
+
+        return Vector(value.element, lanes)(value), codegen
+
+    return part
+
+
+low_half, high_half = _part(0), _part(1)
+
+
+def picker(indices: Sequence[int]) -> Any:
+    """Make an operation that picks lanes by constant indices: the result has as many lanes as there are indices."""
+
+    @intrinsic
+    def pick(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return rearrange(builder, args[0], indices)
+
+        return Vector(value.element, len(indices))(value), codegen
+
+    return pick
+
+
+def shifter(amounts: Sequence[int]) -> Any:
+    """Make an operation that shifts equal parts of a vector right, each part by its own constant."""
+
+    @intrinsic
+    def shift(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            per_lane = [a for a in amounts for _ in range(value.lanes // len(amounts))]
+            return builder.lshr(args[0], constant(value, per_lane))
+
+        return value(value), codegen
+
+    return shift
+
+
+# ---- arithmetic: a + b, a - b, a * b, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
+
+
+def _lower(name: str, t: types.Number) -> str:
+    if isinstance(t, types.Float):
+        return "f" + name
+    return {"shr": "ashr" if t.signed else "lshr"}.get(name, name)
+
+
+def _register_operator(op: Any, name: str) -> None:
+    @infer_global(op)
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            a, b = args
+            if isinstance(a, Vector) and (a == b or isinstance(b, types.Number)):
+                return signature(a, a, a if a == b else a.element)
+            return None
+
+    @lower_builtin(op, Vector, Vector)
+    @lower_builtin(op, Vector, types.Number)
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b = args
+        if not isinstance(sig.args[1], Vector):
+            b = spread(builder, b, sig.args[0].lanes)
+        return getattr(builder, _lower(name, sig.args[0].element))(a, b)
+
+
+for _op, _name in {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.and_: "and_",
+    operator.or_: "or_",
+    operator.xor: "xor",
+    operator.lshift: "shl",
+    operator.rshift: "shr",
+}.items():
+    _register_operator(_op, _name)
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, in one step where the CPU has it."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        t = llvm_type(a)
+        return call(builder, f"llvm.fmuladd.{suffix(t)}", t, args)  # llvm.fma would call libm on CPUs without it
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def rounded(typingctx: Any, value: Any) -> Any:
+    """The nearest whole numbers, halves to even."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        t = llvm_type(value)
+        return call(builder, f"llvm.rint.{suffix(t)}", t, args)
+
+    return value(value), codegen
+
+
+@intrinsic
+def absolute(typingctx: Any, value: Any) -> Any:
+    """The numbers without their signs."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        t = llvm_type(value)
+        return call(builder, f"llvm.fabs.{suffix(t)}", t, args)
+
+    return value(value), codegen
+
+
+@intrinsic
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger number of each lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def reduce_add(typingctx: Any, value: Any) -> Any:
+    """The sum of all lanes, always added in the same order: halves onto halves."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        v, add = args[0], builder.fadd if isinstance(value.element, types.Float) else builder.add
+        lanes = value.lanes
+        while lanes > 1:
+            lanes //= 2
+            v = add(rearrange(builder, v, range(lanes)), rearrange(builder, v, range(lanes, 2 * lanes)))
+        return builder.extract_element(v, ir.Constant(INT32, 0))
+
+    return value.element(value), codegen
+
+
+@intrinsic
+def reduce_max(typingctx: Any, value: Any) -> Any:
+    """The largest of all lanes of floats."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call(builder, f"llvm.vector.reduce.fmax.{suffix(llvm_type(value))}", llvm_type(value.element), args)
+
+    return value.element(value), codegen
+
+
+@intrinsic
+def first_lane(typingctx: Any, value: Any) -> Any:
+    """The number in lane 0."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(INT32, 0))
+
+    return value.element(value), codegen
+
+
+# ---- half precision, table lookup
+
+
+def half_bits_to_float(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """f16 bits (i16 or a vector of it) -> f32."""
+    vector = isinstance(bits.type, ir.VectorType)
+
+    def shaped(t: ir.Type) -> ir.Type:
+        return ir.VectorType(t, bits.type.count) if vector else t
+
+    def const(t: ir.Type, value: float | int) -> ir.Constant:
+        return ir.Constant(shaped(t), [value] * bits.type.count if vector else value)
+
+    if TARGET.has_f16:
+        return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(ir.FloatType()))
+    # Without an instruction LLVM would call a library function for each lane: move the exponent instead, and scale.
+    wide = builder.zext(bits, shaped(INT32))
+    magnitude = builder.shl(builder.and_(wide, const(INT32, 0x7FFF)), const(INT32, 13))
+    scaled = builder.fmul(builder.bitcast(magnitude, shaped(ir.FloatType())), const(ir.FloatType(), 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, const(INT32, 0x0F800000))
+    exponent = builder.or_(magnitude, const(INT32, 0x7F800000))
+    value = builder.select(special, exponent, builder.bitcast(scaled, shaped(INT32)))
+    sign = builder.shl(builder.and_(wide, const(INT32, 0x8000)), const(INT32, 16))
+    return builder.bitcast(builder.or_(value, sign), shaped(ir.FloatType()))
+
+
+@intrinsic
+def load_half(typingctx: Any, address: Any) -> Any:
+    """The f16 number at an address, as f32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return half_bits_to_float(builder, load_at(builder, args[0], ir.IntType(16)))
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def from_half(typingctx: Any, bits: Any) -> Any:
+    """f16 bits u16x16 -> f32x16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return half_bits_to_float(builder, args[0])
+
+    return Vector(types.float32, bits.lanes)(bits), codegen
+
+
+@intrinsic
+def from_bfloat(typingctx: Any, bits: Any) -> Any:
+    """bf16 bits u16x16 -> f32x16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = ir.VectorType(INT32, bits.lanes)
+        shifted = builder.shl(builder.zext(args[0], wide), ir.Constant(wide, [16] * bits.lanes))
+        return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), bits.lanes))
+
+    return Vector(types.float32, bits.lanes)(bits), codegen
+
+
+@intrinsic
+def load_bfloat(typingctx: Any, address: Any) -> Any:
+    """The bf16 number at an address, as f32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.zext(load_at(builder, args[0], ir.IntType(16)), INT32)
+        return builder.bitcast(builder.shl(bits, ir.Constant(INT32, 16)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+def table_lookup(table: Sequence[int]) -> Any:
+    """Make an operation that replaces each byte (0 to 15) by an entry of a constant table of 16 bytes."""
+
+    @intrinsic
+    def lookup(typingctx: Any, indices: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            byte = ir.IntType(8)
+            width = {"avx512": 64, "avx2": 32}.get(TARGET.shuffle, 16)
+            part_type = ir.VectorType(byte, width)
+            entries = ir.Constant(part_type, [v & 255 for v in table] * (width // 16))
+            name = {
+                "avx512": "llvm.x86.avx512.pshuf.b.512",
+                "avx2": "llvm.x86.avx2.pshuf.b",
+                "ssse3": "llvm.x86.ssse3.pshuf.b.128",
+                "neon": "llvm.aarch64.neon.tbl1.v16i8",
+            }.get(TARGET.shuffle)
+            parts = []
+            for start in range(0, indices.lanes, width):
+                part = rearrange(builder, args[0], range(start, start + width))
+                if name is not None:
+                    parts.append(call(builder, name, part_type, [entries, part]))
+                    continue
+                found = ir.Constant(part_type, [table[0] & 255] * width)
+                for i, entry in enumerate(table[1:], 1):
+                    hit = builder.icmp_unsigned("==", part, ir.Constant(part_type, [i] * width))
+                    found = builder.select(hit, ir.Constant(part_type, [entry & 255] * width), found)
+                parts.append(found)
+            while len(parts) > 1:
+                both = 2 * parts[0].type.count
+                pairs = zip(parts[::2], parts[1::2], strict=True)
+                parts = [rearrange(builder, a, range(both), b) for a, b in pairs]
+            return parts[0]
+
+        return Vector(types.int8, indices.lanes)(indices), codegen
+
+    return lookup
+
+
+@intrinsic
+def bits_to_bytes(typingctx: Any, first: Any, second: Any, value: Any) -> Any:
+    """Two uint32 -> u8x64 with `value` for each bit that is set, 0 for the others."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = ir.IntType(64)
+        bits = builder.or_(builder.zext(args[0], wide), builder.shl(builder.zext(args[1], wide), ir.Constant(wide, 32)))
+        mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 64))
+        byte = spread(builder, builder.trunc(args[2], ir.IntType(8)), 64)
+        return builder.select(mask, byte, ir.Constant(byte.type, [0] * 64))
+
+    return u8x64(types.uint32, types.uint32, types.int64), codegen

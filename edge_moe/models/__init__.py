@@ -1,0 +1,1 @@
+"""One file per architecture, each the forward pass from top to bottom."""

@@ -1,0 +1,253 @@
+"""The forward pass of DeepSeek-V2 and its family, top to bottom as in the paper.
+
+Source: DeepSeek-V2, arXiv 2405.04434, section 2 (MLA 2.1, DeepSeekMoE 2.2); DeepSeek-V3, arXiv 2412.19437, section 2.1.
+Shapes: T tokens, H heads, D hidden, R kv_lora_rank, N nope, P rope, V value head, E experts, K active, F expert width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_moe.backends.cpu import CpuBackend
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.config import ModelConfig
+from edge_moe.latent_cache import LatentCache
+from edge_moe.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankQuery:
+    """Queries through a narrow latent, as all but the lite models have them."""
+
+    q_a_proj: Weight  # [q_lora_rank, D]
+    q_a_layernorm: np.ndarray
+    q_b_proj: Weight  # [H(N+P), q_lora_rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Weights of one layer's latent attention."""
+
+    q_proj: Weight | LowRankQuery  # a plain one is [H(N+P), D]
+    kv_a_proj_with_mqa: Weight  # [R+P, D]
+    kv_a_layernorm: np.ndarray
+    k_b_proj: Weight  # [H, R, N], or [H, N, R] from a file that keeps kv_b whole
+    k_b_is_transposed: bool  # the latter
+    v_b_proj: Weight  # [H, V, R]
+    o_proj: Weight  # [D, HV]
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """Weights of a gated MLP: gate and up [F, D], down [D, F]; for a stack of experts with E in front."""
+
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Weights of one mixture: router, routed experts, and experts that every token shares."""
+
+    gate: Weight  # [E, D]
+    e_score_correction_bias: np.ndarray  # f32[E], zero where the model has none
+    experts: MLP
+    shared_experts: MLP | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    input_layernorm: np.ndarray
+    self_attn: Attention
+    post_attention_layernorm: np.ndarray
+    mlp: MLP | MoE
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embed_tokens: Weight  # [vocab, D]
+    layers: tuple[Layer, ...]
+    norm: np.ndarray
+    lm_head: Weight  # [vocab, D]; embed_tokens itself where the two are tied
+
+
+def load_weights(checkpoint: Checkpoint) -> Weights:
+    """All weights of the model, as views on the file. Raises FormatError where one is missing or has another shape."""
+    c = checkpoint.config
+    embed_tokens = checkpoint.weight("embed_tokens", c.vocab_size, c.hidden_size)
+    has_lm_head = "lm_head" in checkpoint
+    return Weights(
+        embed_tokens=embed_tokens,
+        layers=tuple(_load_layer(checkpoint, c, index) for index in range(c.num_hidden_layers)),
+        norm=checkpoint.vector("norm", c.hidden_size),
+        lm_head=checkpoint.weight("lm_head", c.vocab_size, c.hidden_size) if has_lm_head else embed_tokens,
+    )
+
+
+def _load_layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> Layer:
+    name = f"layers.{index}"
+    return Layer(
+        input_layernorm=checkpoint.vector(f"{name}.input_layernorm", c.hidden_size),
+        self_attn=_load_attention(checkpoint, c, f"{name}.self_attn"),
+        post_attention_layernorm=checkpoint.vector(f"{name}.post_attention_layernorm", c.hidden_size),
+        mlp=_load_moe(checkpoint, c, f"{name}.mlp")
+        if c.is_moe_layer(index)
+        else _load_mlp(checkpoint, f"{name}.mlp", (), c.intermediate_size),
+    )
+
+
+def _load_attention(checkpoint: Checkpoint, c: ModelConfig, name: str) -> Attention:
+    n_heads, rank, width = c.num_attention_heads, c.kv_lora_rank, c.num_attention_heads * c.qk_head_dim
+    q_proj: Weight | LowRankQuery
+    if c.q_lora_rank:
+        q_proj = LowRankQuery(
+            q_a_proj=checkpoint.weight(f"{name}.q_a_proj", c.q_lora_rank, c.hidden_size),
+            q_a_layernorm=checkpoint.vector(f"{name}.q_a_layernorm", c.q_lora_rank),
+            q_b_proj=checkpoint.weight(f"{name}.q_b_proj", width, c.q_lora_rank),
+        )
+    else:
+        q_proj = checkpoint.weight(f"{name}.q_proj", width, c.hidden_size)
+    k_b_is_transposed = f"{name}.kv_b_proj" in checkpoint
+    if k_b_is_transposed:
+        head_rows = (c.qk_nope_head_dim, c.v_head_dim)
+        kv_b_proj = checkpoint.weight(f"{name}.kv_b_proj", n_heads * sum(head_rows), rank)
+        k_b_proj, v_b_proj = kv_b_proj.stacked(n_heads).split_rows(*head_rows)
+    else:
+        k_b_proj = checkpoint.weight(f"{name}.k_b_proj", n_heads, rank, c.qk_nope_head_dim)
+        v_b_proj = checkpoint.weight(f"{name}.v_b_proj", n_heads, c.v_head_dim, rank)
+    return Attention(
+        q_proj=q_proj,
+        kv_a_proj_with_mqa=checkpoint.weight(f"{name}.kv_a_proj_with_mqa", c.latent_dim, c.hidden_size),
+        kv_a_layernorm=checkpoint.vector(f"{name}.kv_a_layernorm", rank),
+        k_b_proj=k_b_proj,
+        k_b_is_transposed=k_b_is_transposed,
+        v_b_proj=v_b_proj,
+        o_proj=checkpoint.weight(f"{name}.o_proj", c.hidden_size, n_heads * c.v_head_dim),
+    )
+
+
+def _load_mlp(checkpoint: Checkpoint, name: str, stack: tuple[int, ...], width: int) -> MLP:
+    hidden = checkpoint.config.hidden_size
+    if f"{name}.gate_up_proj" in checkpoint:
+        gate_proj, up_proj = checkpoint.weight(f"{name}.gate_up_proj", *stack, 2 * width, hidden).split_rows(
+            width, width
+        )
+    else:
+        gate_proj = checkpoint.weight(f"{name}.gate_proj", *stack, width, hidden)
+        up_proj = checkpoint.weight(f"{name}.up_proj", *stack, width, hidden)
+    return MLP(gate_proj, up_proj, checkpoint.weight(f"{name}.down_proj", *stack, hidden, width))
+
+
+def _load_moe(checkpoint: Checkpoint, c: ModelConfig, name: str) -> MoE:
+    n_experts, bias_name = c.n_routed_experts, f"{name}.gate.e_score_correction_bias"
+    bias = checkpoint.vector(bias_name, n_experts) if bias_name in checkpoint else np.zeros(n_experts, np.float32)
+    shared_width = c.n_shared_experts * c.moe_intermediate_size
+    return MoE(
+        gate=checkpoint.weight(f"{name}.gate", n_experts, c.hidden_size),
+        e_score_correction_bias=bias,
+        experts=_load_mlp(checkpoint, f"{name}.experts", (n_experts,), c.moe_intermediate_size),
+        shared_experts=_load_mlp(checkpoint, f"{name}.shared_experts", (), shared_width) if shared_width else None,
+    )
+
+
+class DeepseekV2:
+    """The model: token ids in, logits out, the latent cache passed in."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: CpuBackend) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = backend
+        self._inv_freq = rope_frequencies(config)
+
+    def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
+        """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last."""
+        ops, eps = self.ops, self.config.rms_norm_eps
+        ops.begin()
+        cos, sin = self._rotations(cache.length, len(token_ids))
+        h = ops.embed(self.weights.embed_tokens, token_ids)
+        for index, layer in enumerate(self.weights.layers):
+            h = h + self._attention(layer.self_attn, ops.norm(h, layer.input_layernorm, eps), cos, sin, cache, index)
+            h = h + self._feed_forward(layer.mlp, ops.norm(h, layer.post_attention_layernorm, eps))
+        cache.advance(len(token_ids))
+        if not all_logits:
+            h = h[-1:]
+        return ops.linear(ops.norm(h, self.weights.norm, eps), self.weights.lm_head)[0]
+
+    def _attention(
+        self, w: Attention, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache, layer: int
+    ) -> np.ndarray:
+        """Multi-head latent attention in absorbed form. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
+        c, ops = self.config, self.ops
+        n_tokens = len(x)
+        if isinstance(w.q_proj, LowRankQuery):
+            q_a, kv = ops.linear(x, w.q_proj.q_a_proj, w.kv_a_proj_with_mqa)
+            q = ops.linear(ops.norm(q_a, w.q_proj.q_a_layernorm, c.rms_norm_eps), w.q_proj.q_b_proj)[0]
+        else:
+            q, kv = ops.linear(x, w.q_proj, w.kv_a_proj_with_mqa)
+        q = q.reshape(n_tokens, c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_pe = q[..., : c.qk_nope_head_dim], q[..., c.qk_nope_head_dim :]
+        c_kv, k_pe = kv[:, : c.kv_lora_rank], kv[:, c.kv_lora_rank :]
+
+        c_kv = ops.norm(c_kv, w.kv_a_layernorm, c.rms_norm_eps)
+        q_pe = ops.rope(q_pe, cos, sin)
+        k_pe = ops.rope(k_pe[:, None, :], cos, sin)[:, 0]
+
+        absorb = ops.per_head_transposed if w.k_b_is_transposed else ops.per_head
+        q_latent = absorb(q_nope, w.k_b_proj)  # q . (W_UK c) = (W_UK^T q) . c: keys are never expanded
+        context = ops.latent_attention(q_latent, q_pe, c_kv, k_pe, cache, layer, c.softmax_scale)
+        values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
+        return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
+
+    def _feed_forward(self, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
+        """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
+        c, ops = self.config, self.ops
+        if isinstance(w, MLP):
+            return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
+        ids, gates = ops.route(
+            ops.linear(x, w.gate)[0],
+            w.e_score_correction_bias,
+            sigmoid=c.scoring_func == "sigmoid",
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            group_score_experts=c.group_score_experts,
+            top_k=c.num_experts_per_tok,
+            norm=c.norm_topk_prob,
+            scale=c.routed_scaling_factor,
+        )
+        out = ops.experts(x, ids, gates, w.experts.gate_proj, w.experts.up_proj, w.experts.down_proj)
+        if w.shared_experts is not None:
+            shared = w.shared_experts
+            out = out + ops.gated_mlp(x, shared.gate_proj, shared.up_proj, shared.down_proj)
+        return out
+
+    def _rotations(self, start: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin f32[T,P/2] of the positions from `start` on, angles in f64."""
+        angles = np.arange(start, start + n_tokens)[:, None] * self._inv_freq
+        factor = self.config.rope_scaling.attention_factor if self.config.rope_scaling else 1.0
+        return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of rope dimensions, f64[P/2].
+
+    Source: RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071, section 3.2 ("NTK-by-parts").
+    """
+    dim, theta = config.qk_rope_head_dim, config.rope_theta
+    freq = theta ** (-np.arange(0, dim, 2) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling.rope_type == "linear":
+        return freq / scaling.factor
+
+    def dimension_of(n_rotations: float) -> float:
+        """The dimension that turns `n_rotations` times over the first training length."""
+        length = scaling.original_max_position_embeddings
+        return dim * math.log(length / (n_rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(0, math.floor(dimension_of(scaling.beta_fast)))
+    high = min(dim - 1, math.ceil(dimension_of(scaling.beta_slow)))
+    slow = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)  # 0 keeps a frequency, 1 stretches it
+    return freq / scaling.factor * slow + freq * (1 - slow)
