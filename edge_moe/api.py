@@ -134,7 +134,10 @@ def default_threads() -> int:
 
 
 def load(
-    path: str | PathLike[str] | None = None, *, threads: int | None = None, context_length: int | None = None
+    path: str | PathLike[str] | Checkpoint | None = None,
+    *,
+    threads: int | None = None,
+    context_length: int | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
@@ -144,6 +147,7 @@ def load(
         threads = default_threads()
     elif not 1 <= threads <= max_threads():
         raise OptionError(f"-t/--threads {threads}: this machine takes 1 to {max_threads()}")
-    return Model(
-        open_checkpoint(embedded_model_path() if path is None else path), threads=threads, context_length=context_length
+    checkpoint = (
+        path if isinstance(path, Checkpoint) else open_checkpoint(embedded_model_path() if path is None else path)
     )
+    return Model(checkpoint, threads=threads, context_length=context_length)

@@ -3,6 +3,7 @@
 import heapq
 import re
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 from edge_moe.errors import FormatError
@@ -24,9 +25,8 @@ class ByteLevelEncoder:
             ids.setdefault(character, len(vocabulary) + byte)
         self._has_stand_ins = len(ids) > len(vocabulary.ids)
         self._first_stand_in = len(vocabulary)
-        pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(merges)]
         try:
-            model = models.BPE(ids, pairs, ignore_merges=pre_tokenizer.ignore_merges)
+            model = models.BPE(ids, _pairs(merges), ignore_merges=pre_tokenizer.ignore_merges)
         except Exception as error:  # the library raises plain exceptions
             raise _explain_merges(vocabulary, merges) from error
         self._tokenizer = Tokenizer(model)
@@ -40,6 +40,15 @@ class ByteLevelEncoder:
         if self._has_stand_ins:
             ids = [token_id for token_id in ids if token_id < self._first_stand_in]
         return ids
+
+
+def _pairs(merges: list[str]) -> list[Any]:
+    """The two tokens of each merge; of equal merges the first counts."""
+    merges = list(dict.fromkeys(merges))
+    if set(map(str.count, merges, repeat(" "))) == {1}:  # as in every vocabulary seen so far, and many times faster
+        parts = " ".join(merges).split(" ")
+        return list(zip(parts[::2], parts[1::2], strict=True))
+    return [tuple(merge.split(" ", 1)) for merge in merges]
 
 
 def _explain_merges(vocabulary: Vocabulary, merges: list[str]) -> FormatError:

@@ -72,14 +72,12 @@ class Tokenizer:
         vocabulary = Vocabulary(metadata, path)
         encoder: ByteLevelEncoder | SentencePieceEncoder
         if kind == "gpt2":
-            merges = metadata.get(PREFIX + "merges")
-            if (
-                not isinstance(merges, Iterable)
-                or isinstance(merges, str)
-                or not all(isinstance(merge, str) for merge in merges)
-            ):
-                raise FormatError(f"{path}: {PREFIX}merges is missing or no list of texts; convert the model again")
-            encoder = ByteLevelEncoder(vocabulary, list(merges), PRE_TOKENIZERS[pre_name])
+            merges = vocabulary.read_texts("merges")
+            if merges is None:
+                raise FormatError(
+                    f"{path}: {PREFIX}merges is missing, expected a list of texts; convert the model again"
+                )
+            encoder = ByteLevelEncoder(vocabulary, merges, PRE_TOKENIZERS[pre_name])
         else:
             encoder = SentencePieceEncoder(vocabulary, add_space_prefix)
         return cls(

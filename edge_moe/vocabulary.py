@@ -140,30 +140,35 @@ class Vocabulary:
         )
 
     def _read_tokens(self) -> list[str]:
-        tokens = self._read_array("tokens")
+        tokens = self.read_texts("tokens")
         if not tokens:
             raise FormatError(f"{self.path}: {PREFIX}tokens is missing or empty, so the file has no vocabulary")
-        if not set(map(type, tokens)) <= {str}:
-            raise FormatError(f"{self.path}: {PREFIX}tokens holds something else than texts; the file is damaged")
         if "" in tokens:
             tokens = [token or f"[EMPTY_{token_id}]" for token_id, token in enumerate(tokens)]
         return tokens
 
-    def _read_array(self, name: str) -> list[Any]:
+    def read_texts(self, name: str) -> list[str] | None:
+        """A list of texts from the metadata, None if it is missing."""
+        texts = self._read_array(name)
+        if not set(map(type, texts or ())) <= {str}:
+            raise FormatError(f"{self.path}: {PREFIX}{name} holds something else than texts; the file is damaged")
+        return texts
+
+    def _read_array(self, name: str) -> list[Any] | None:
         values = self._metadata.get(PREFIX + name)
         if values is None:
-            return []
+            return None
         if isinstance(values, str | bytes) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
             raise FormatError(f"{self.path}: {PREFIX}{name} is {str(values)[:40]!r}, expected a list")
         return values.tolist() if hasattr(values, "tolist") else list(values)
 
     def _read_numbers(self, name: str) -> list[Any]:
-        values = self._read_array(name)
+        values = self._read_array(name) or []
         if values and len(values) != len(self.tokens):
             raise FormatError(
                 f"{self.path}: {PREFIX}{name} has {len(values)} entries, expected {len(self.tokens)}, one per token"
             )
-        if values and not all(isinstance(value, int | float) for value in values):
+        if not set(map(type, values)) <= {int, float}:
             raise FormatError(f"{self.path}: {PREFIX}{name} holds something else than numbers; the file is damaged")
         return values
 

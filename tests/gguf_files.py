@@ -1,4 +1,4 @@
-"""Writes tiny GGUF files for tests: random deepseek2 models that really run, by the gguf package's own writer."""
+"""Writes GGUF files for tests by the gguf package: random tiny models that really run, rewritten ones, wrong ones."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
+ARRAY = gguf.GGUFValueType.ARRAY
 
 FLOATS_AND_32_BLOCKS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # gguf.quantize has these
 CHAT_TEMPLATE = (
@@ -55,7 +57,8 @@ def write_tiny_deepseek2(
 
     Names are those of the transformers config. `rope_scaling` is YaRN's {factor, original_max_position_embeddings,
     mscale_all_dim}. `weight_type` is the format of all matrices but the router, or "mixed" (F32, F16 and Q8_0); rows
-    that do not fit a 256-element format are Q8_0. With tensors_per_part the files are <stem>-00001-of-0000N.gguf.
+    that do not fit a 256-element format are Q8_0. q_lora_rank 0 writes the key and a plain attn_q, as llama.cpp wants
+    it of models that are not V2-Lite's depth. With tensors_per_part the files are <stem>-00001-of-0000N.gguf.
     """
     rng = np.random.default_rng(seed)
     D, H, R, P, N, V = hidden_size, num_attention_heads, kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim
@@ -80,7 +83,7 @@ def write_tiny_deepseek2(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_leading_dense_block_count(first_k_dense_replace)
     writer.add_vocab_size(vocab_size)
-    if q_lora_rank:
+    if q_lora_rank is not None:
         writer.add_q_lora_rank(q_lora_rank)
     writer.add_kv_lora_rank(R)
     if split_kv_b:
@@ -222,6 +225,32 @@ def byte_tokens() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = (chr(256 + n) for n in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def rewrite(source, target, *, matrices=None, keys=None):
+    """Copy a model file.
+
+    matrices: the type every matrix of the model is converted to; the router and all vectors stay F32.
+    keys: metadata that is added or replaced, {name: (value, GGUFValueType)}.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    metadata = {}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            metadata[name] = (field.contents(), field.types[0], field.types[-1] if field.types[0] == ARRAY else None)
+    for name, (value, kind, element) in (metadata | {k: (*v, None) for k, v in (keys or {}).items()}).items():
+        writer.add_key_value(name, value, kind, element)
+    for tensor in reader.tensors:
+        name, data, kind = tensor.name, tensor.data, tensor.tensor_type
+        if matrices is not None and len(tensor.shape) > 1 and "ffn_gate_inp" not in name:
+            data, kind = gguf.quantize(gguf.dequantize(data, kind), matrices), matrices
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,17 @@ def test_strings_of_arrays_are_a_sequence(tmp_path):
         strings[-6]
 
 
+@pytest.mark.parametrize("n_characters", [0, 127, 128])
+def test_strings_are_the_same_one_by_one_and_all_together(tmp_path, n_characters):
+    rng = np.random.default_rng(6)
+    words = [bytes(range(n_characters)), *(rng.integers(128, 256, n, np.uint8).tobytes() for n in range(40))]
+    items = b"".join(map(raw_string, words))
+    path = write_raw(tmp_path / "x.gguf", [(b"words", 9, raw_array(8, len(words), items))])
+    strings = open_gguf(path).metadata["words"]
+    expected = [word.decode("utf-8", "replace") for word in words]
+    assert list(strings) == [strings[i] for i in range(len(words))] == expected
+
+
 def test_values_that_are_not_utf8_do_not_stop_the_file(tmp_path):
     items = raw_string(b"ok") + raw_string(b"\xff\xfe") + raw_string(b"\xed\xa0\x80")
     keys = [(b"words", 9, raw_array(8, 3, items)), (b"text", 8, raw_string(b"a\x80b"))]
@@ -232,6 +243,7 @@ def split_key(name: str, value: int) -> tuple[bytes, int, bytes]:
 
 
 def write_parts(folder: Path, names: list[bytes], total: int) -> Path:
+    folder.mkdir()
     for i, name in enumerate(names):
         keys = [split_key("no", i), split_key("count", len(names)), split_key("tensors.count", total)]
         part = folder / f"m-{i + 1:05}-of-{len(names):05}.gguf"
@@ -240,11 +252,11 @@ def write_parts(folder: Path, names: list[bytes], total: int) -> Path:
 
 
 def test_parts_are_checked_against_each_other(tmp_path):
-    assert list(open_gguf(write_parts(tmp_path, [b"a", b"b"], 2)).tensors) == ["a", "b"]
+    assert list(open_gguf(write_parts(tmp_path / "sound", [b"a", b"b"], 2)).tensors) == ["a", "b"]
     with pytest.raises(FormatError, match=r"hold 2 tensors, expected 3"):
-        open_gguf(write_parts(tmp_path, [b"a", b"b"], 3))
+        open_gguf(write_parts(tmp_path / "one missing", [b"a", b"b"], 3))
     with pytest.raises(FormatError, match=r"00002-of-00002.gguf: tensor a is also in .*00001-of-00002.gguf"):
-        open_gguf(write_parts(tmp_path, [b"a", b"a"], 2))
+        open_gguf(write_parts(tmp_path / "one double", [b"a", b"a"], 2))
 
 
 @pytest.mark.parametrize("value", [(8, raw_string(b"two")), (5, struct.pack("<i", -2)), (6, struct.pack("<f", 2))])

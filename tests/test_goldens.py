@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_files import rewrite
 from reference import ReferenceModel
 
 import edge_moe
@@ -34,27 +35,6 @@ def forward(model, ids, sizes):
     assert starts[-1] == len(ids)
     ids = np.asarray(ids, np.int64)
     return np.concatenate([model.forward(ids[a:b], cache, all_logits=True) for a, b in pairwise(starts)])
-
-
-def quantized(source, target, kind):
-    """Copy a GGUF file with every matrix of the model in another type; the router and vectors stay F32."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "deepseek2")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(
-                name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
-            )
-    for tensor in reader.tensors:
-        keep = tensor.data.ndim == 1 or "ffn_gate_inp" in tensor.name or "norm" in tensor.name
-        if keep:
-            writer.add_tensor(tensor.name, tensor.data)
-        else:
-            writer.add_tensor(tensor.name, gguf.quantize(tensor.data, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_all_goldens_are_there():
@@ -104,10 +84,10 @@ QUANTIZED = {"F16": 2e-4, "BF16": 2e-4, "Q8_0": 6e-3, "Q4_0": 6e-3, "Q4_1": 6e-3
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_engine_equals_twin_on_quantized_weights(kind, tmp_path):
     path, ids, _ = load_golden("v2_lite")
-    quantized(path, tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind])
-    expected = ReferenceModel.from_gguf(tmp_path / "model.gguf", bf16_latents=True).logits(ids)
+    path = rewrite(path, tmp_path / "model.gguf", matrices=gguf.GGMLQuantizationType[kind])
+    expected = ReferenceModel.from_gguf(path, bf16_latents=True).logits(ids)
     for sizes in WAYS.values():
-        logits = forward(edge_moe.load(tmp_path / "model.gguf"), ids, sizes)
+        logits = forward(edge_moe.load(path), ids, sizes)
         rms = np.sqrt(np.mean((logits - expected) ** 2)) / np.ptp(expected)
         assert rms < QUANTIZED[kind]
 

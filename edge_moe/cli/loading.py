@@ -1,0 +1,27 @@
+"""Loads models for the commands, the cheap checks first."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_moe.cli.report import Display
+
+if TYPE_CHECKING:
+    from edge_moe.api import Model
+
+
+def load_model(
+    path: Path | None, display: Display, *, threads: int | None, context_length: int | None = None
+) -> "Model":
+    """Load a model (None: the embedded one).
+
+    Raises the errors of edge_moe.load, those of the file before the second that numba takes to import.
+    """
+    checkpoint = None
+    if path is not None:
+        from edge_moe.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+    from edge_moe.api import load
+
+    display.watch_compilation()
+    return load(checkpoint, threads=threads, context_length=context_length)

@@ -1,0 +1,249 @@
+"""Options that several commands share, with the checks of their values."""
+
+import argparse
+import math
+import os
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edge_moe.errors import OptionError
+
+if TYPE_CHECKING:
+    from edge_moe.sampling import SamplingOptions
+
+MAX_TOKENS = 1 << 24  # longer than any model's context; keeps later products far from overflow
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are our own one-line errors, and whose positionals may stand anywhere."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message.replace(_MARK, '')} (see {self.prog} --help)")
+
+    def parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse `MODEL -n 5 PROMPT` as well as `-n 5 MODEL PROMPT`; what follows `--` is never an option."""
+        # argparse loses a `--` between two optional positionals, so that such words are kept apart by a mark
+        cut = list(argv).index("--") if "--" in argv else len(argv)
+        words = [_MARK + word for word in argv[cut + 1 :]]
+        args = self.parse_intermixed_args([*argv[:cut], *words])
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, value.removeprefix(_MARK))
+        return args
+
+
+_MARK = "\0word:"  # no argument of a program can hold a NUL
+
+
+def whole_number(low: int, high: int, *, what: str = "a whole number") -> Callable[[str], int]:
+    """An argparse type for integers from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {what} from {low} to {high}, found {_shown(text)}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type for finite floats from low (or above it) to high."""
+    lower = f"above {low:g}" if above else f"of at least {low:g}"
+    limits = lower if math.isinf(high) else f"{lower} and at most {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, found {_shown(text)}")
+        return value
+
+    return parse
+
+
+def number_list(low: int, high: int) -> Callable[[str], list[int]]:
+    """An argparse type for integers separated by commas."""
+    parse_one = whole_number(low, high, what="whole numbers separated by commas, each")
+    return lambda text: [parse_one(part) for part in text.split(",")]
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, context: str) -> None:
+    """Options of how a model is held: context length (with the text for its default) and threads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-c", "--ctx-size", metavar="N", type=whole_number(1, MAX_TOKENS), help=f"tokens of context ({context})"
+    )
+    add_threads_option(group)
+
+
+def add_threads_option(parser: argparse._ActionsContainer) -> None:
+    """-t/--threads, up to the machine's logical cores."""
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "-t", "--threads", metavar="N", type=whole_number(1, cores), help="threads (default: one per physical core)"
+    )
+
+
+def add_generation_options(parser: argparse.ArgumentParser, n_predict: int) -> None:
+    """Length, stop strings and sampling; the sampling defaults are those of SamplingOptions."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        metavar="N",
+        type=whole_number(1, MAX_TOKENS),
+        default=n_predict,
+        help=f"most tokens to generate (default {n_predict})",
+    )
+    group.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], type=_stop_text, help="end before TEXT; may be repeated"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-text token")
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--temp", metavar="X", type=number(0), default=0.8, help="temperature (default 0.8); 0 takes the likeliest")
+    add(
+        "--top-k",
+        metavar="N",
+        type=whole_number(0, MAX_TOKENS),
+        default=40,
+        help="keep the N likeliest (default 40; 0: all)",
+    )
+    add(
+        "--top-p",
+        metavar="X",
+        type=number(0, 1, above=True),
+        default=0.95,
+        help="keep this much probability (default 0.95)",
+    )
+    add("--min-p", metavar="X", type=number(0, 1), default=0.05, help="drop below X of the likeliest (default 0.05)")
+    add(
+        "--repeat-penalty",
+        metavar="X",
+        type=number(0, above=True),
+        default=1.0,
+        help="divide the logits of the last 64 tokens by X (default 1: off)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=whole_number(0, 2**63 - 1),
+        help="same seed, same text (default: a new one each time)",
+    )
+
+
+def sampling_options(args: argparse.Namespace) -> "SamplingOptions":
+    """The sampling options of a parsed command line."""
+    from edge_moe.sampling import SamplingOptions
+
+    return SamplingOptions(
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        seed=args.seed,
+    )
+
+
+def is_model_path(word: str) -> bool:
+    """Whether a word names a model file rather than being a prompt."""
+    try:
+        return word.endswith(".gguf") or Path(word).is_file()
+    except (OSError, ValueError):  # too long for a file name, or not a possible one
+        return False
+
+
+def check_model_path(path: str) -> Path:
+    """The path of a readable file.
+
+    Raises OptionError, before any slow import, when there is no such file.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise OptionError(f"{path}: cannot open the model file: {error.strerror or error}") from None
+    except ValueError:
+        raise OptionError(f"{_shown(path)} is no file name") from None
+    if not stat.S_ISREG(mode):
+        raise OptionError(f"{path}: is not a file; give the model's .gguf file itself")
+    if not os.access(path, os.R_OK):
+        raise OptionError(f"{path}: cannot open the model file: permission denied")
+    return Path(path)
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file, `-` for standard input.
+
+    Raises OptionError when it cannot be read, is empty or is not UTF-8.
+    """
+    if path == "-":
+        return read_stdin()
+    try:
+        return decode_text(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot read the text: {error.strerror or error}") from None
+    except ValueError:
+        raise OptionError(f"{_shown(path)} is no file name") from None
+
+
+def read_stdin() -> str:
+    """All of standard input, without the newline at its end that shells add.
+
+    Raises OptionError when it is not UTF-8 or there is nothing in it.
+    """
+    stream = getattr(sys.stdin, "buffer", None)
+    data = stream.read() if stream is not None else sys.stdin.read().encode() if sys.stdin else b""
+    return decode_text(data, "standard input").removesuffix("\r")
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """UTF-8 bytes as text, without one newline at the end, as llama.cpp reads its prompt files.
+
+    Raises OptionError when there is no text or it is not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{source}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; save the text as UTF-8"
+        ) from None
+    text = text.removesuffix("\n")
+    if not text.strip():
+        raise OptionError(f"{source}: there is no text in it")
+    return text
+
+
+def check_prompt(text: str) -> str:
+    """A text from the command line.
+
+    Raises OptionError when the shell passed bytes that are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OptionError(f"the text {_shown(text)} is not UTF-8 at character {error.start}") from None
+    return text
+
+
+def _stop_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected some text, found ''")
+    return check_prompt(text)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
