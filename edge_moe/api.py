@@ -35,13 +35,18 @@ class Model:
         if not 1 <= self.context_length <= longest:
             raise OptionError(f"-c/--ctx-size {context_length}: {checkpoint.path} takes 1 to {longest} tokens")
         self.threads = threads
-        self.last_stats = GenerationStats()
+        self._last_session: Session | None = None
         self._pass = deepseek2.DeepseekV2(self.config, deepseek2.load_weights(checkpoint), CpuBackend(threads))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The file's own tokenizer."""
         return Tokenizer.from_metadata(self.checkpoint.metadata, self.checkpoint.path)
+
+    @property
+    def last_stats(self) -> GenerationStats:
+        """The figures of the latest `generate`, also while it runs."""
+        return self._last_session.stats if self._last_session else GenerationStats()
 
     def new_session(self, context_length: int | None = None) -> Session:
         """An empty latent cache to generate with; a chat keeps one, so that each turn runs only what is new."""
@@ -87,6 +92,7 @@ class Model:
             session = self.new_session(min(self.context_length, max(len(ids), 1) + max_new_tokens))
             if len(ids) > self.context_length:
                 session = self.new_session()
+        self._last_session = session
         tokens = session.generate(
             ids,
             Sampler(options or SamplingOptions()),
@@ -100,7 +106,6 @@ class Model:
         stream = self.tokenizer.stream()
         held = ""  # text that may be the beginning of a stop string
         for token in tokens:
-            self.last_stats = session.stats
             held += stream.push(token)
             found = [at for at in (held.find(each) for each in stop) if at >= 0]
             if found:
@@ -112,7 +117,6 @@ class Model:
             if len(held) > keep:
                 yield held[: len(held) - keep]
                 held = held[len(held) - keep :]
-        self.last_stats = session.stats
         if held := held + stream.flush():
             yield held
 

@@ -130,9 +130,10 @@ class Session:
         if not token_ids:
             raise OptionError("the prompt has no tokens; give at least one")
         if len(token_ids) > self.cache.context_length:
+            longest = self.model.config.max_position_embeddings
+            remedy = "shorten it" + (" or raise -c/--ctx-size" if self.cache.context_length < longest else "")
             raise OptionError(
-                f"the prompt has {len(token_ids)} tokens, the context takes {self.cache.context_length}; "
-                "shorten it or raise -c/--ctx-size"
+                f"the prompt has {len(token_ids)} tokens, the context takes {self.cache.context_length}; {remedy}"
             )
         low, high, vocab_size = min(token_ids), max(token_ids), self.model.config.vocab_size
         if low < 0 or high >= vocab_size:

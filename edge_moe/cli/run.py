@@ -22,6 +22,7 @@ from edge_moe.cli.report import (
     Display,
     format_duration,
     format_speed,
+    is_terminal,
     peak_rss_bytes,
     print_dim,
     write_json,
@@ -30,6 +31,9 @@ from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_moe.generate import GenerationStats
+
+# control characters that a model makes up must not command the terminal; pipes and files get them unchanged
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 _DESCRIPTION = """\
 Complete a prompt and print the text as it comes; the statistics follow on standard error.
@@ -92,13 +96,14 @@ def stream(pieces: Iterator[str], display: Display, *, echo: bool) -> tuple[str,
     """Collect the pieces of a text, printing each at once if `echo`; also returns whether Ctrl-C cut it short."""
     texts: list[str] = []
     interrupted = False
+    on_terminal = is_terminal(sys.stdout)
     try:
         for piece in _after_compilation(pieces, display):
             display.clear()
             display.streaming = True
             texts.append(piece)
             if echo:
-                sys.stdout.write(piece)
+                sys.stdout.write(piece.translate(_HARMLESS) if on_terminal else piece)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
