@@ -19,9 +19,10 @@ from jinja2.visitor import NodeTransformer
 from edge_moe.errors import FormatError, OptionError
 
 # Templates come with files from anywhere, so what they may do is bounded. Work is counted in characters produced; a
-# loop's turn or a call counts as STEP_WORK of them, which makes a million steps and a second or two in all.
+# loop's turn counts as STEP_WORK of them and a call as CALL_WORK, so that all of it takes a few seconds at most.
 WORK_LIMIT = 500_000_000
 STEP_WORK = 500
+CALL_WORK = 2000
 TEXT_LIMIT = 50_000_000
 PART_LIMIT = 100_000
 PART_WORK = 30
@@ -129,7 +130,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), str):
             _check_arguments(method.__name__, (owner, *args), kwargs)
-        return self._charged(super().call(context, function, *args, **kwargs))
+        return self._charged(super().call(context, function, *args, **kwargs), CALL_WORK)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":

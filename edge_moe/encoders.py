@@ -2,6 +2,7 @@
 
 import heapq
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
 from typing import Any
@@ -10,6 +11,8 @@ from edge_moe.errors import FormatError
 from edge_moe.pretokenizers import PreTokenizer
 from edge_moe.vocabulary import CHARACTER_OF_BYTE, PREFIX, Vocabulary
 
+PART_LENGTH = 50_000
+SAFE_CUT = re.compile(r"[A-Za-z]\n(?=[A-Za-z])")  # a line break between two letters is a word of its own
 SPACE = "▁"  # U+2581 stands for a space in SentencePiece vocabularies
 
 
@@ -36,10 +39,21 @@ class ByteLevelEncoder:
 
     def encode(self, text: str, at_start: bool) -> list[int]:
         """Token ids of a text without special tokens."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for part in _parts(text):
+            ids += self._tokenizer.encode(part, add_special_tokens=False).ids
         if self._has_stand_ins:
             ids = [token_id for token_id in ids if token_id < self._first_stand_in]
         return ids
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cut a long text where every splitting rule cuts it too, since the library needs 170 bytes for each character."""
+    start = 0
+    while cut := SAFE_CUT.search(text, start + PART_LENGTH):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def _pairs(merges: list[str]) -> list[Any]:

@@ -57,7 +57,17 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(options.seed))
 
     def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
-        """The next token. logits f32[vocab], history: the ids so far -> id.
+        """The next token. logits f32[vocab], history: the ids so far -> id. Raises what `distribution` raises."""
+        ids, probabilities = self.distribution(logits, history)
+        if len(ids) == 1:
+            return int(ids[0])
+        heaps = np.cumsum(probabilities)
+        chosen = int(np.searchsorted(heaps, self._random.random() * heaps[-1], side="right"))
+        return int(ids[min(chosen, len(ids) - 1)])
+
+    def distribution(self, logits: np.ndarray, history: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """What the next token is drawn from. logits f32[vocab], history: the ids so far -> ids i64[n], probabilities
+        f64[n].
 
         Raises ShapeError for anything but a vector, FormatError if the logits are no numbers.
         """
@@ -68,13 +78,12 @@ class Sampler:
         if not math.isfinite(logits[likeliest]):
             raise FormatError(f"the model computed {logits[likeliest]} for a logit; its file is probably damaged")
         if self.options.temperature == 0 or self.options.top_k == 1:
-            return likeliest
+            return np.array([likeliest]), np.ones(1)
         ids, kept = self._filter(logits, float(logits[likeliest]))
         # In double precision throughout, so that the choice does not hang on how a sum is ordered.
-        weights = np.exp((kept.astype(np.float64) - float(logits[likeliest])) / self.options.temperature)
-        heaps = np.cumsum(weights)
-        chosen = int(np.searchsorted(heaps, self._random.random() * heaps[-1], side="right"))
-        return int(ids[min(chosen, len(ids) - 1)])
+        with np.errstate(over="ignore"):  # a temperature near 0 makes every other weight 0
+            weights = np.exp((kept.astype(np.float64) - float(logits[likeliest])) / self.options.temperature)
+        return ids, weights / weights.sum()
 
     def _penalize(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         """Make tokens of the recent history less likely. Source: Keskar et al., arXiv 1909.05858, section 4.1."""
@@ -122,7 +131,7 @@ def _nucleus(logits: np.ndarray, ids: np.ndarray | None, top_p: float, highest: 
     Source: Holtzman et al., arXiv 1904.09751, section 3.1.
     """
     total = np.exp((logits if ids is None else logits[ids]).astype(np.float64) - highest).sum()
-    for count in (HEAD, len(logits)):
+    for count in (HEAD, 16 * HEAD, len(logits)):
         head = _top(logits, count) if ids is None else ids
         heaps = np.cumsum(np.exp(logits[head].astype(np.float64) - highest))
         enough = int(np.searchsorted(heaps, top_p * total, side="left")) + 1
