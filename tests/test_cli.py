@@ -17,8 +17,8 @@ import pytest
 import edge_moe
 from edge_moe import plan
 from edge_moe.cli import main, report
+from edge_moe.cli.answer import stream
 from edge_moe.cli.chat import without_leading_space
-from edge_moe.cli.run import stream
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "v2_lite.gguf")  # random weights, 256 tokens of context, 112 tokens of vocabulary

@@ -1,6 +1,7 @@
 """Imports go one way: a module may import only from rooms below its own."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,19 @@ def test_runtime_imports_point_down(path):
         room = room_of(module)
         if room and room != own:
             assert RANK[room] < RANK[own], f"{path} imports {module}, which is not below it"
+
+
+def test_no_two_files_import_each_other():
+    """Not even inside one room, and not even inside functions."""
+    root = PACKAGES["edge_moe"]
+    files = {
+        ".".join(("edge_moe", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    graph = {name: {module for module, _ in imports_of(path)} & (set(files) - {name}) for name, path in files.items()}
+    for name in graph:  # importing a module of a folder names the folder, too: that is no arrow
+        graph[name] -= {name.rpartition(".")[0], "edge_moe"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGES["edge_moe_export"].rglob("*.py")), ids=lambda p: p.name)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from edge_moe.cli.answer import stats_line, stream
 from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     Parser,
@@ -16,7 +17,6 @@ from edge_moe.cli.options import (
     sampling_options,
 )
 from edge_moe.cli.report import Display, is_terminal, print_dim, print_error
-from edge_moe.cli.run import stats_line, stream
 from edge_moe.errors import EdgeMoeError
 
 if TYPE_CHECKING:

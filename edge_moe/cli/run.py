@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from edge_moe.cli.answer import report, stats_line, stream
 from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     Parser,
@@ -17,23 +16,8 @@ from edge_moe.cli.options import (
     read_stdin,
     sampling_options,
 )
-from edge_moe.cli.report import (
-    INTERRUPTED,
-    Display,
-    format_duration,
-    format_speed,
-    is_terminal,
-    peak_rss_bytes,
-    print_dim,
-    write_json,
-)
+from edge_moe.cli.report import INTERRUPTED, Display, print_dim, write_json
 from edge_moe.errors import OptionError
-
-if TYPE_CHECKING:
-    from edge_moe.generate import GenerationStats
-
-# control characters that a model makes up must not command the terminal; pipes and files get them unchanged
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 _DESCRIPTION = """\
 Complete a prompt and print the text as it comes; the statistics follow on standard error.
@@ -90,68 +74,6 @@ def execute(args: argparse.Namespace) -> int:
     elif not args.no_stats:
         print_dim(stats_line(model.last_stats))
     return INTERRUPTED if interrupted else 0
-
-
-def stream(pieces: Iterator[str], display: Display, *, echo: bool) -> tuple[str, bool]:
-    """Collect the pieces of a text, printing each at once if `echo`; also returns whether Ctrl-C cut it short."""
-    texts: list[str] = []
-    interrupted = False
-    on_terminal = is_terminal(sys.stdout)
-    try:
-        for piece in _after_compilation(pieces, display):
-            display.clear()
-            display.streaming = True
-            texts.append(piece)
-            if echo:
-                sys.stdout.write(piece.translate(_HARMLESS) if on_terminal else piece)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        interrupted = True
-        display.clear()
-    finally:
-        display.streaming = False
-    text = "".join(texts)
-    if echo and not text.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    return text, interrupted
-
-
-def _after_compilation(pieces: Iterator[str], display: Display) -> Iterator[str]:
-    """Pieces, the first of a first use held back until the next is there: generation compiles kernels, too."""
-    first = next(pieces, "")
-    if display.n_compiled:
-        first += next(pieces, "")
-    if first:
-        yield first
-    yield from pieces
-
-
-def report(text: str, stats: "GenerationStats") -> dict[str, object]:
-    """The document that `run --json` prints."""
-    return {
-        "text": text,
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.completion_tokens,
-        "first_token_s": stats.first_token_s,
-        "prefill_tok_per_s": stats.prefill_tok_per_s,
-        "decode_tok_per_s": stats.decode_tok_per_s,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def stats_line(stats: "GenerationStats") -> str:
-    """The statistics of one answer in one line."""
-    if not stats.completion_tokens:
-        return f"stopped before the first token · peak {peak_rss_bytes() / 1e6:.0f} MB"
-    return " · ".join(
-        [
-            f"prompt {stats.prompt_tokens} tokens, {format_speed(stats.prefill_tok_per_s)}",
-            f"first token {format_duration(stats.first_token_s)}",
-            f"generated {stats.completion_tokens} tokens, {format_speed(stats.decode_tok_per_s)}",
-            f"peak {peak_rss_bytes() / 1e6:.0f} MB",
-        ]
-    )
 
 
 def _model_and_prompt(model: str | None, prompt: str | None) -> tuple[Path | None, str]:
