@@ -77,6 +77,18 @@ def test_thread_count_changes_nothing(name):
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("name", ["v2_lite", "v3", "v2_legacy_kv_b"])
+def test_long_text(name, tmp_path):
+    """Hundreds of tokens: several chunks of prefill, and decoding over several parts of the cache."""
+    longer = {"deepseek2.context_length": (4096, gguf.GGUFValueType.UINT32)}
+    path = rewrite(GOLDEN / f"{name}.gguf", tmp_path / "model.gguf", keys=longer)
+    ids = np.random.default_rng(0).integers(3, 100, 700)
+    expected = ReferenceModel.from_gguf(path, bf16_latents=True).logits(ids)
+    model = edge_moe.load(path)
+    for logits in (model.logits(ids.tolist()), forward(model, ids, [300, 395, 1, 1, 1, 1, 1])):
+        assert np.sqrt(np.mean((logits - expected) ** 2)) < 1e-4 * np.ptp(expected)
+
+
 # The engine multiplies by 8-bit activations where the weights are quantized: about 0.5 % of each product's size.
 QUANTIZED = {"F16": 2e-4, "BF16": 2e-4, "Q8_0": 6e-3, "Q4_0": 6e-3, "Q4_1": 6e-3, "Q5_0": 6e-3, "Q5_1": 6e-3}
 
