@@ -3,6 +3,8 @@
 import hashlib
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,6 +31,7 @@ FLAGS: dict[str, Any] = {
 # It reads this when it is loaded, which numba does at the first parallel loop.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+STALE_S = 30 * 86400
 _KERNELS_DIR = Path(__file__).parent
 _observers: list[Callable[[str], None]] = []
 
@@ -90,7 +93,7 @@ def _source_hash(path: Path) -> str:
 
 class _Locator(_CacheLocator):
     def __init__(self, py_func: Any, py_file: str) -> None:
-        self._path = Path(py_file)
+        self._path, self._py_file = Path(py_file), py_file  # the second name is numba's
 
     def get_cache_path(self) -> str:
         return str(cache_dir() / f"{self._path.stem}-{_source_hash(self._path)}")
@@ -123,6 +126,8 @@ class _KernelCache(FunctionCache):
             found = super().load_overload(sig, target_context)
         except Exception:  # a cache file cut short by a crash must cost a compilation, not the run
             found = None
+            with suppress(OSError):
+                self.flush()
         if found is None:
             for observer in _observers:
                 observer(self._py_func.__name__)
@@ -131,8 +136,17 @@ class _KernelCache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
+            _remove_stale(Path(self.cache_path))
         except OSError:  # a full or read-only disk: run uncached
             self.disable()
+
+
+def _remove_stale(current: Path) -> None:
+    """Remove what other versions of a module compiled, if nothing was added there for a month."""
+    module = current.name.rpartition("-")[0]
+    for folder in current.parent.glob(f"{module}-*"):
+        if folder != current and time.time() - folder.stat().st_mtime > STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cached(dispatcher: Any) -> Any:

@@ -1,0 +1,83 @@
+"""The cache of compiled kernels, in processes of their own with a folder of their own."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+# Runs one small kernel and prints what was compiled rather than loaded.
+SCRIPT = """
+import numpy as np
+from edge_moe.kernels.jit import observe_compilation
+from edge_moe.kernels.elementwise import store_bf16
+with observe_compilation(lambda name: print("compiled", name)):
+    out = np.zeros((1, 2), np.uint16)
+    store_bf16(np.array([[1.0, -2.0]], np.float32), out)
+print(out.tolist())
+"""
+RESULT = "[[16256, 49152]]"
+
+
+def run(cache, **settings):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"EDGE_MOE_CACHE_DIR": str(cache)} | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *compiled, result = done.stdout.split("\n")[:-1]
+    assert result == RESULT
+    return compiled
+
+
+def test_second_process_loads_what_the_first_compiled(tmp_path):
+    assert run(tmp_path) == ["compiled store_bf16"]
+    assert run(tmp_path) == []
+
+
+def test_a_cache_file_cut_short_is_compiled_again(tmp_path):
+    run(tmp_path)
+    files = list(tmp_path.rglob("*.nbc"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    assert run(tmp_path) == ["compiled store_bf16"]
+    assert run(tmp_path) == []
+
+
+def test_a_cut_index_is_made_again(tmp_path):
+    run(tmp_path)
+    for file in tmp_path.rglob("*.nbi"):
+        file.write_bytes(b"")
+    assert run(tmp_path) == ["compiled store_bf16"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="a folder that nobody can make is made this way on Unix only")
+def test_without_a_folder_each_start_compiles(tmp_path):
+    (tmp_path / "file").write_text("")
+    run(tmp_path / "file")
+    run(tmp_path / "file")
+
+
+def test_what_old_versions_left_is_removed_in_time(tmp_path):
+    old, recent, other = (
+        tmp_path / "kernels" / name for name in ("elementwise-0123", "elementwise-4567", "attention-0123")
+    )
+    for folder in (old, recent, other):
+        folder.mkdir(parents=True)
+    two_months_ago = time.time() - 60 * 86400
+    for folder in (old, other):
+        os.utime(folder, (two_months_ago, two_months_ago))
+    run(tmp_path)
+    assert not old.exists()
+    assert recent.exists()
+    assert other.exists()  # its turn comes when that module compiles something
+
+
+def test_another_cpu_has_its_own_code(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == ["compiled store_bf16"]
+    assert run(tmp_path) == []
