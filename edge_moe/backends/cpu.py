@@ -108,8 +108,13 @@ class CpuBackend:
         """
         active, offsets, rows, positions = routing.group_by_expert(ids, down.shape[0])
 
-        def product(inputs: np.ndarray, input_rows: np.ndarray, w: Weight) -> np.ndarray:
-            return products.grouped_linear(inputs, input_rows, offsets, w.format, w.addresses[active], w.shape[1])
+        def product(inputs: np.ndarray, input_rows: np.ndarray, *stacks: Weight) -> np.ndarray:
+            addresses = np.stack([stack.addresses[active] for stack in stacks])
+            return products.grouped_linear(inputs, input_rows, offsets, stacks[0].format, addresses, stacks[0].shape[1])
 
-        gated = elementwise.silu_multiply(product(x, rows, gate), product(x, rows, up))
-        return elementwise.weighted_sum(product(gated, np.arange(len(rows)), down), positions, weights)
+        if gate.format is up.format:  # one parallel region, the inputs quantized once
+            gate_out, up_out = product(x, rows, gate, up)
+        else:
+            gate_out, up_out = product(x, rows, gate)[0], product(x, rows, up)[0]
+        gated = elementwise.silu_multiply(gate_out, up_out)
+        return elementwise.weighted_sum(product(gated, np.arange(len(rows)), down)[0], positions, weights)

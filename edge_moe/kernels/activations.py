@@ -1,8 +1,9 @@
 """The int8 form in which activations meet quantized weights, one record for each token.
 
-A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which the weights' minimums
-multiply: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns are filled up with
-zeros to a multiple of 64, so that a pair of blocks always fits.
+A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
+weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
+are filled up with zeros to a multiple of 64, so that a pair of blocks always fits. For panels, the records of a few
+tokens are interleaved to a tile.
 """
 
 from numba import types
@@ -24,8 +25,9 @@ from edge_moe.kernels.simd import (
     splat,
     store,
 )
+from edge_moe.kernels.tiles import TILE_TOKENS, interleave
 
-ROWS_PER_UNIT = 8
+QUANTIZE_ROWS = 8
 
 
 @inline_kernel
@@ -46,11 +48,10 @@ def sums_offset(n_cols, group):
     return padded_columns(n_cols) + padded_columns(n_cols) // group * 4
 
 
-def record_bytes(n_cols: int, group: int) -> int:
+@inline_kernel
+def record_bytes(n_cols, group):
     """Bytes from one token's record to the next, a multiple of 64."""
-    padded = (n_cols + 63) & ~63
-    size = padded + padded // group * 4 + (padded // 16 * 2 if group == 256 else padded // 32 * 4)
-    return (size + 63) & ~63
+    return (sums_offset(n_cols, group) + padded_columns(n_cols) // 8 + 63) & ~63
 
 
 @inline_kernel
@@ -75,13 +76,13 @@ def _quantize_row(x, record, n_cols, group):
         if group == 32:
             store(sums + start // 8, types.float32(group_sum) * scale)
     if n_cols & 63:
-        store_zeros(record + n_cols, 32)
-        store_zeros(scales + n_cols // 8, 4)
-        store_zeros(sums + n_cols // 8, 4)
+        _store_zeros(record + n_cols, 32)
+        _store_zeros(scales + n_cols // 8, 4)
+        _store_zeros(sums + n_cols // 8, 4)
 
 
 @inline_kernel
-def store_zeros(address, n_bytes):
+def _store_zeros(address, n_bytes):
     """Clear memory, in steps of 4 bytes."""
     for i in range(0, n_bytes, 4):
         store(address + i, types.int32(0))
@@ -89,15 +90,34 @@ def store_zeros(address, n_bytes):
 
 @kernel
 def quantize_units(fmt, plan):
-    """Quantize rows as long as the plan has some. plan i64: counter, n_rows, x, records, record_bytes, n_cols, group."""
+    """Quantize rows as long as the plan has some: i64 counter, n_rows, x, records, record_bytes, n_cols, group."""
     n_rows, x, records = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
     stride, n_cols, group = load(types.int64, plan + 32), load(types.int64, plan + 40), load(types.int64, plan + 48)
     while True:
-        start = fetch_add(plan, ROWS_PER_UNIT)
+        start = fetch_add(plan, QUANTIZE_ROWS)
         if start >= n_rows:
             return 0
-        for i in range(start, min(start + ROWS_PER_UNIT, n_rows)):
+        for i in range(start, min(start + QUANTIZE_ROWS, n_rows)):
             if group == 32:  # constants make faster loops
                 _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 32)
             else:
                 _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 256)
+
+
+@kernel
+def interleave_units(fmt, plan):
+    """Interleave tiles as long as the plan has some: i64 counter, n_tiles, table, n_bytes, tiles, tile_bytes."""
+    n_tiles, table, n_bytes = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
+    tiles, tile_bytes = load(types.int64, plan + 32), load(types.int64, plan + 40)
+    while True:
+        i = fetch_add(plan, 1)
+        if i >= n_tiles:
+            return 0
+        records, tile = table + 8 * TILE_TOKENS * i, tiles + tile_bytes * i
+        whole = n_bytes & ~15
+        for offset in range(0, whole, 16):
+            interleave(records, offset, tile + TILE_TOKENS * offset)
+        for offset in range(whole, n_bytes, 4):
+            for t in range(TILE_TOKENS):
+                number = load(types.int32, load(types.int64, records + 8 * t) + offset)
+                store(tile + TILE_TOKENS * offset + 4 * t, number)

@@ -1,12 +1,12 @@
 """Each block format once, as a numba type: where its codes and scales are, which is all that the products need to know.
 
-Three families share their products: floats; blocks of 32 with one scale (a "pair" of them fills a register); and superblocks of
-256 with integer scales for each 16 or 32 columns. A format is a few methods in numba, registered by `method`:
+Three families share their products: floats; blocks of 32 with one scale (a pair of them fills a register); and
+superblocks of 256 with integer scales for each 16 or 32 columns. A format is a few functions registered by `method`:
 
 - floats: `load(address) -> f32x16`, `load_one(address) -> f32`
-- blocks of 32: `codes(first, second)`, `scale(block)`, `minimum(block)`: value = scale * code + minimum
-- superblocks: `codes(block, chunk)` for 64 columns, `scales(block)` -> (d, dmin, scales i16x16, minimums i16x16), each for 16
-  columns: value = d * scale * code - dmin * minimum
+- blocks of 32: `codes(first, second)`, `factors(block)` -> (scale, minimum): value = scale * code + minimum
+- superblocks: `codes(block, chunk)` for 64 columns, `scales(block)` -> (d, dmin, scales i16x16, minimums i16x16), each
+  for 16 columns: value = d * scale * code - dmin * minimum
 
 Codes are u8x64 in the order of the columns; formats with signed codes return `stored_sign(codes)`.
 
@@ -49,9 +49,8 @@ from edge_moe.kernels.simd import (
 
 
 class FormatTag(types.Opaque):
-    """A block format in the type of a kernel's argument, so that the kernel is compiled for it; the value is nothing."""
+    """A block format as the type of a kernel's argument, so that the kernel is compiled for it; it has no value."""
 
-    block_size = 1  # columns
     group = 1  # columns that share a scale
 
     def __init__(self, format_name: str, block_bytes: int, max_code: int = 0, group: int = 0) -> None:
@@ -69,14 +68,11 @@ class FloatFormat(FormatTag):
 class BlockFormat(FormatTag):
     """Blocks of 32 columns with a scale, some with a minimum."""
 
-    block_size = 32
     group = 32
 
 
 class SuperblockFormat(FormatTag):
     """Superblocks of 256 columns."""
-
-    block_size = 256
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -125,14 +121,9 @@ def _block_codes(fmt, first, second):
     return _METHODS[fmt.format_name, "codes"]
 
 
-@overload_method(BlockFormat, "scale")
-def _block_scale(fmt, block):
-    return _METHODS[fmt.format_name, "scale"]
-
-
-@overload_method(BlockFormat, "minimum")
-def _block_minimum(fmt, block):
-    return _METHODS[fmt.format_name, "minimum"]
+@overload_method(BlockFormat, "factors")
+def _block_factors(fmt, block):
+    return _METHODS[fmt.format_name, "factors"]
 
 
 @overload_method(SuperblockFormat, "codes")
@@ -182,8 +173,7 @@ def _bf16_load_one(fmt, address):
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
 _shift_0_4, _shift_0_2, _shift_0_1 = shifter((0, 4)), shifter((0, 2)), shifter((0, 1))
-_shift_0_4_0_4 = shifter((0, 4, 0, 4))
-_twice_each_half = picker([*range(16), *range(16), *range(16, 32), *range(16, 32)])
+_quarters_0_2_1_3 = picker([*range(16), *range(32, 48), *range(16, 32), *range(48, 64)])
 
 
 @inline_kernel
@@ -196,35 +186,34 @@ def _twice(address):
 @inline_kernel
 def _nibbles_of_16(raw):
     """Two runs of 16 bytes u8x32 -> for each the low, then the high nibbles."""
-    return view(u8x64, _shift_0_4_0_4(view(u16x32, _twice_each_half(raw)))) & types.uint8(15)
+    high = view(u8x32, view(u16x16, raw) >> types.uint16(4))
+    return _quarters_0_2_1_3(join(raw, high)) & types.uint8(15)
 
 
 # ---- blocks of 32
 
 
-@method("scale", Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL)
-def _scale_first(fmt, block):
-    return load_half(block)
+@method("factors", Q4_1, Q5_1)
+def _factors_apart(fmt, block):
+    return load_half(block), load_half(block + 2)
 
 
-@method("minimum", Q4_1, Q5_1)
-def _minimum_second(fmt, block):
-    return load_half(block + 2)
+@method("factors", Q4_0)
+def _factors_8(fmt, block):
+    scale = load_half(block)
+    return scale, scale * types.float32(-8.0)
 
 
-@method("minimum", Q4_0)
-def _minimum_8(fmt, block):
-    return load_half(block) * types.float32(-8.0)
+@method("factors", Q5_0)
+def _factors_16(fmt, block):
+    scale = load_half(block)
+    return scale, scale * types.float32(-16.0)
 
 
-@method("minimum", Q5_0)
-def _minimum_16(fmt, block):
-    return load_half(block) * types.float32(-16.0)
-
-
-@method("minimum", Q8_0, IQ4_NL)
-def _minimum_of_sign(fmt, block):
-    return load_half(block) * types.float32(-SIGN_BIAS)
+@method("factors", Q8_0, IQ4_NL)
+def _factors_of_signed(fmt, block):
+    scale = load_half(block)
+    return scale, scale * types.float32(-SIGN_BIAS)
 
 
 @method("codes", Q8_0)
@@ -280,7 +269,7 @@ def _words4(a, b, c, d):
 
 @method("scales", Q4_K, Q5_K)
 def _q4_k_scales(fmt, block):
-    # Twelve bytes hold eight scales and eight minimums of 6 bits: four of each whole, the rest in nibbles and upper bits.
+    # Twelve bytes hold 8 scales and 8 minimums of 6 bits: four of each whole, the rest in nibbles and upper bits.
     a = load(types.uint32, block + 4)
     b = load(types.uint32, block + 8)
     c = load(types.uint32, block + 12)
@@ -324,7 +313,7 @@ def _q6_k_codes(fmt, block, chunk):
 
 @method("scales", Q3_K)
 def _q3_k_scales(fmt, block):
-    # Twelve bytes hold 16 scales of 6 bits, 32 too large: nibbles in the first eight bytes, upper bits in the last four.
+    # Twelve bytes hold 16 scales of 6 bits, 32 too large: nibbles in eight bytes, upper bits in the last four.
     a = load(types.uint32, block + 96)
     b = load(types.uint32, block + 100)
     c = load(types.uint32, block + 104)

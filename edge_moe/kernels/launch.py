@@ -1,19 +1,21 @@
 """Running compiled kernels on all threads: a job is a function and a plan in memory that says what to do.
 
-One parallel loop serves every kernel, so only this module pays for compiling one: a kernel is compiled for a block format as a
-plain function of a plan's address, and takes units of work from the plan's counter until none is left. A slow or late thread
-takes fewer units. Each unit owns its output and adds in a fixed order: results do not depend on the number of threads.
+One parallel loop serves every kernel, so that only one must be compiled: a kernel is compiled for a block format as a
+plain function of a plan's address, and takes units of work from the plan's counter until none is left. A slow or late
+thread takes fewer units. Each unit owns its output and adds in a fixed order: results do not depend on the number of
+threads.
 """
 
 from typing import Any
 
 import numba
-import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.jit import kernel, parallel_kernel
+
+WORTH_A_THREAD = 500_000  # operations; about 50 microseconds
 
 _ARGUMENTS = (types.Opaque("edge_moe format"), types.int64)
 
@@ -26,20 +28,25 @@ def _call(typingctx: Any, function: Any, plan: Any) -> Any:
         function_type = context.call_conv.get_function_type(types.int64, _ARGUMENTS)
         pointer = builder.inttoptr(args[0], function_type.as_pointer())
         nothing = context.get_constant_null(_ARGUMENTS[0])
-        status, result = context.call_conv.call_function(builder, pointer, types.int64, _ARGUMENTS, [nothing, args[1]])
+        _, result = context.call_conv.call_function(builder, pointer, types.int64, _ARGUMENTS, [nothing, args[1]])
         return result
 
     return types.int64(types.int64, types.int64), codegen
 
 
-@kernel
-def _run_here(function, plan):
-    _call(function, plan)
-
-
 @parallel_kernel
-def _run_on_threads(function, plan, n_threads):
+def _on_threads(function, plan, n_threads):
     for _ in numba.prange(n_threads):
+        _call(function, plan)
+
+
+@kernel
+def launch(function, plan, n_units, operations, n_threads):
+    """Run a kernel on a plan of n_units; work of few operations is not worth waking other threads for."""
+    n_threads = min(n_threads, n_units) if operations > WORTH_A_THREAD else 1
+    if n_threads > 1:
+        _on_threads(function, plan, n_threads)
+    else:
         _call(function, plan)
 
 
@@ -55,12 +62,3 @@ def compiled_address(function: Any, fmt: FormatTag) -> int:
         address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
         _addresses[function, fmt] = address
     return address
-
-
-def run(function: Any, fmt: FormatTag, plan: np.ndarray, n_units: int, operations: float) -> None:
-    """Run a kernel on a plan i64[...] of n_units; work of few operations is not worth waking other threads for."""
-    n_threads = min(numba.get_num_threads(), n_units) if operations > 500_000 else 1
-    if n_threads > 1:
-        _run_on_threads(compiled_address(function, fmt), plan.ctypes.data, n_threads)
-    elif n_units:
-        _run_here(compiled_address(function, fmt), plan.ctypes.data)

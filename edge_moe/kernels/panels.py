@@ -1,7 +1,7 @@
 """Sixteen weight rows unpacked once for many tokens: the panel, and its product with a tile of tokens.
 
-In a panel the lanes of each register are the 16 rows. Integer codes lie as [columns / 4][16 rows][4 columns] bytes, followed,
-for each piece of 64 or 256 columns, by the scales and minimums [..][16 rows].
+In a panel the lanes of each register are the 16 rows. Integer codes lie as [columns / 4][16 rows][4 columns] bytes,
+followed, for each piece of 64 or 256 columns, by the scales and minimums [..][16 rows].
 """
 
 from numba import types
@@ -9,9 +9,11 @@ from numba.extending import overload_method
 
 from edge_moe.kernels.activations import padded_columns, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
-from edge_moe.kernels.dots import (
+from edge_moe.kernels.dots import VIA_16_BITS
+from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.simd import f32x16, i16x32, i32x16, load, store
+from edge_moe.kernels.tiles import (
     TILE_ROWS,
-    VIA_16_BITS,
     tile_add_pairs,
     tile_add_product,
     tile_add_scaled,
@@ -20,8 +22,6 @@ from edge_moe.kernels.dots import (
     tile_zero,
     transpose_16x16,
 )
-from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import f32x16, i16x32, i32x16, load, store
 
 # A pair of blocks: 1024 codes, two scales and two minimums for each row.
 PAIR_BYTES = 1024 + 4 * 64
@@ -46,7 +46,7 @@ def _float_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
         for i in range(0, n_cols & ~15, 16):
             for r in range(TILE_ROWS):
                 store(scratch + 64 * r, fmt.load(rows + min(r, n_rows - 1) * row_bytes + i * size))
-            transpose_16x16(scratch, 64, panel + 64 * i)
+            transpose_16x16(scratch, panel + 64 * i)
         for i in range(n_cols & ~15, n_cols):
             for r in range(TILE_ROWS):
                 store(panel + 64 * i + 4 * r, fmt.load_one(rows + min(r, n_rows - 1) * row_bytes + i * size))
@@ -55,11 +55,11 @@ def _float_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
 
 
 @overload_method(FloatFormat, "tile")
-def _float_tile(fmt, panel, tokens, n_cols):
-    def tile(fmt, panel, tokens, n_cols):
+def _float_tile(fmt, panel, x, n_cols):
+    def tile(fmt, panel, x, n_cols):
         total = tile_zero(f32x16)
         for i in range(n_cols):
-            total = tile_add_product(total, load(f32x16, panel + 64 * i), tokens, 4 * i)
+            total = tile_add_product(total, load(f32x16, panel + 64 * i), x, 4 * i)
         return total
 
     return tile
@@ -76,7 +76,6 @@ def _block_panel_bytes(fmt, n_cols):
 @overload_method(BlockFormat, "unpack")
 def _block_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     size = fmt.block_bytes
-    has_minimum = fmt.has_minimum
 
     def unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
         n_blocks = n_cols // 32
@@ -85,32 +84,31 @@ def _block_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
                 first = rows + min(r, n_rows - 1) * row_bytes + i * size
                 second = first + size if i + 1 < n_blocks else first
                 store(scratch + 64 * r, fmt.codes(first, second))
-                store(panel + 1024 + 4 * r, fmt.scale(first))
-                store(panel + 1088 + 4 * r, fmt.scale(second))
-                if has_minimum:
-                    store(panel + 1152 + 4 * r, fmt.minimum(first))
-                    store(panel + 1216 + 4 * r, fmt.minimum(second))
-            transpose_16x16(scratch, 64, panel)
+                for half, block in enumerate((first, second)):
+                    scale, minimum = fmt.factors(block)
+                    store(panel + 1024 + 64 * half + 4 * r, scale)
+                    store(panel + 1152 + 64 * half + 4 * r, minimum)
+            transpose_16x16(scratch, panel)
             panel += PAIR_BYTES
 
     return unpack
 
 
 @overload_method(BlockFormat, "tile")
-def _block_tile(fmt, panel, tokens, n_cols):
+def _block_tile(fmt, panel, x, n_cols):
     has_minimum = fmt.has_minimum
 
-    def tile(fmt, panel, tokens, n_cols):
+    def tile(fmt, panel, x, n_cols):
         scales, sums = scales_offset(n_cols), sums_offset(n_cols, 32)
         total = tile_zero(f32x16)
         for i in range(0, padded_columns(n_cols), 64):
             for half in range(2):
-                products = tile_dot(fmt, panel + 512 * half, tokens, i + 32 * half)
+                products = tile_dot(fmt, panel + 512 * half, x, i + 32 * half)
                 scale = load(f32x16, panel + 1024 + 64 * half)
-                total = tile_add_scaled(total, products, scale, tokens, scales + i // 8 + 4 * half)
+                total = tile_add_scaled(total, products, scale, x, scales + i // 8 + 4 * half)
                 if has_minimum:
                     minimum = load(f32x16, panel + 1152 + 64 * half)
-                    total = tile_add_product(total, minimum, tokens, sums + i // 8 + 4 * half)
+                    total = tile_add_product(total, minimum, x, sums + i // 8 + 4 * half)
             panel += PAIR_BYTES
         return total
 
@@ -121,18 +119,18 @@ def _block_tile(fmt, panel, tokens, n_cols):
 
 
 @inline_kernel
-def _first_scale(both):
-    """The lower of two 16-bit scales i32x16, in the form that `tile_add_scaled_dot` multiplies."""
+def first_scale(both):
+    """The lower of two 16-bit scales i32x16, in the form that `tile_add_scaled_dot` takes."""
     if VIA_16_BITS:
         return (both & types.int32(0xFFFF)) | (both << types.int32(16))
     return (both << types.int32(16)) >> types.int32(16)
 
 
 @inline_kernel
-def _second_scale(both):
+def second_scale(both):
     """The upper one."""
     if VIA_16_BITS:
-        return _first_scale((both >> types.int32(16)))
+        return first_scale(both >> types.int32(16))
     return both >> types.int32(16)
 
 
@@ -155,45 +153,43 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
                 store(panel + FACTORS + 4 * r, d)
                 store(panel + FACTORS + 64 + 4 * r, -dmin)
             # Gives 8 pairs of 16-bit scales, then 8 of minimums; the former are read before their place is written.
-            transpose_16x16(scratch, 64, panel + MINIMUMS - 8 * 64)
+            transpose_16x16(scratch, panel + MINIMUMS - 8 * 64)
             for pair in range(8):
                 both = load(i32x16, panel + MINIMUMS - 8 * 64 + 64 * pair)
                 if group == 32:
-                    store(panel + SCALES + 64 * pair, _first_scale(both))
+                    store(panel + SCALES + 64 * pair, first_scale(both))
                 else:
-                    store(panel + SCALES + 128 * pair, _first_scale(both))
-                    store(panel + SCALES + 128 * pair + 64, _second_scale(both))
+                    store(panel + SCALES + 128 * pair, first_scale(both))
+                    store(panel + SCALES + 128 * pair + 64, second_scale(both))
             for chunk in range(4):
                 for r in range(TILE_ROWS):
                     store(scratch + 64 * r, fmt.codes(rows + min(r, n_rows - 1) * row_bytes + i * size, chunk))
-                transpose_16x16(scratch, 64, panel + 1024 * chunk)
+                transpose_16x16(scratch, panel + 1024 * chunk)
             panel += SUPERBLOCK_BYTES
 
     return unpack
 
 
 @overload_method(SuperblockFormat, "tile")
-def _superblock_tile(fmt, panel, tokens, n_cols):
+def _superblock_tile(fmt, panel, x, n_cols):
     group = fmt.group
     has_minimum = fmt.has_minimum
 
-    def tile(fmt, panel, tokens, n_cols):
+    def tile(fmt, panel, x, n_cols):
         scales, sums = scales_offset(n_cols), sums_offset(n_cols, 256)
         total = tile_zero(f32x16)
         for i in range(n_cols // 256):
             products = tile_zero(i32x16)
             for g in range(256 // group):
                 scale = load(i32x16, panel + SCALES + 64 * g)
-                products = tile_add_scaled_dot(
-                    fmt, products, panel + 16 * group * g, tokens, 256 * i + group * g, scale
-                )
-            total = tile_add_scaled(total, products, load(f32x16, panel + FACTORS), tokens, scales + 4 * i)
+                products = tile_add_scaled_dot(fmt, products, panel + 16 * group * g, x, 256 * i + group * g, scale)
+            total = tile_add_scaled(total, products, load(f32x16, panel + FACTORS), x, scales + 4 * i)
             if has_minimum:
                 minimums = tile_zero(i32x16)
                 for pair in range(8):
                     both = load(i16x32, panel + MINIMUMS + 64 * pair)
-                    minimums = tile_add_pairs(minimums, both, tokens, sums + 32 * i + 4 * pair)
-                total = tile_add_scaled(total, minimums, load(f32x16, panel + FACTORS + 64), tokens, scales + 4 * i)
+                    minimums = tile_add_pairs(minimums, both, x, sums + 32 * i + 4 * pair)
+                total = tile_add_scaled(total, minimums, load(f32x16, panel + FACTORS + 64), x, scales + 4 * i)
             panel += SUPERBLOCK_BYTES
         return total
 

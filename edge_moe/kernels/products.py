@@ -1,157 +1,136 @@
 """Products of activations with weight matrices that stay in the file's blocks.
 
-Each product is one parallel region over units of a few rows. For few tokens a row's blocks are multiplied as they are; for many,
-16 rows at a time are unpacked to a panel in scratch memory.
+Inputs of quantized weights are brought to int8 first; then all matrices of one format are multiplied in one parallel
+region. Results do not depend on the number of threads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from operator import index
 
 import numpy as np
-from numba import types
+from numba import get_num_threads
 
 from edge_moe.errors import ShapeError
 from edge_moe.formats import BlockFormat
-from edge_moe.kernels import panels, rows  # noqa: F401 (their methods of the formats)
-from edge_moe.kernels.activations import quantize_units, record_bytes
+from edge_moe.kernels import product_units as units
+from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes
 from edge_moe.kernels.blocks import TAGS
-from edge_moe.kernels.dots import TILE_ROWS, TILE_TOKENS, tile_pointers, tile_store
-from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
-from edge_moe.kernels.launch import run
-from edge_moe.kernels.simd import f32x16, fetch_add, fma, load, splat, store
+from edge_moe.kernels.jit import kernel
+from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.simd import address_of
+from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
-PANEL_TOKENS = 4  # from so many tokens on a panel pays
 UNIT_BYTES = 16384  # of weights; smaller units would spend too much on fetching the next
-CHUNK_COLUMNS = 256
-
-# A plan is int64[8] followed by int64[6] for each group: where to find all that a kernel needs.
-COUNTER, N_GROUPS, N_COLS, ROW_BYTES, UNIT_ROWS, TOKENS = range(6)
-GROUPS, GROUP_FIELDS = 8, 6
-ADDRESS, N_ROWS, BEGIN, END, OUT, UNITS_END = range(GROUP_FIELDS)
-
-
-@inline_kernel
-def _field(plan, i):
-    return load(types.int64, plan + 8 * i)
-
-
-@spliced_kernel
-def _few_tokens(fmt, plan, group, row, row_end):
-    """Rows times tokens, straight from the blocks."""
-    n_cols, row_bytes, tokens = _field(plan, N_COLS), _field(plan, ROW_BYTES), _field(plan, TOKENS)
-    n_rows, out = _field(group, N_ROWS), _field(group, OUT)
-    for r in range(row, row_end):
-        address = _field(group, ADDRESS) + r * row_bytes
-        for m in range(_field(group, BEGIN), _field(group, END)):
-            x = load(types.int64, tokens + 8 * m)
-            store(out + 4 * (m * n_rows + r), fmt.row_dot(address, x, n_cols))
-
-
-@spliced_kernel
-def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
-    """Rows times tokens, by way of a panel of 16 rows."""
-    n_cols, row_bytes, tokens = _field(plan, N_COLS), _field(plan, ROW_BYTES), _field(plan, TOKENS)
-    n_rows, begin, end = _field(group, N_ROWS), _field(group, BEGIN), _field(group, END)
-    for first in range(row, row_end, TILE_ROWS):
-        n_valid = min(TILE_ROWS, row_end - first)
-        fmt.unpack(_field(group, ADDRESS) + first * row_bytes, row_bytes, n_valid, n_cols, panel, scratch)
-        for m in range(begin, end, TILE_TOKENS):
-            for t in range(TILE_TOKENS):  # a last tile that is not full repeats its last token
-                store(scratch + 8 * t, load(types.int64, tokens + 8 * min(m + t, end - 1)))
-            tile_store(scratch, fmt.tile(panel, tile_pointers(scratch), n_cols))
-            for t in range(min(TILE_TOKENS, end - m)):
-                out = _field(group, OUT) + 4 * ((m + t) * n_rows + first)
-                if n_valid == TILE_ROWS:
-                    store(out, load(f32x16, scratch + 64 * t))
-                else:
-                    for r in range(n_valid):
-                        store(out + 4 * r, load(types.float32, scratch + 64 * t + 4 * r))
+FLOATS = TAGS["F32"]  # stands for the format where a kernel has none
+EVERY_ROW = np.empty(0, np.int64)
 
 
 @kernel
-def product_units(fmt, plan):
-    """Multiply units of rows as long as the plan has some."""
-    n_groups, unit_rows = _field(plan, N_GROUPS), _field(plan, UNIT_ROWS)
-    group, g, units_begin = plan + 8 * GROUPS, 0, 0
-    memory = np.empty(fmt.panel_bytes(_field(plan, N_COLS)) + 2048 if unit_rows == TILE_ROWS else 0, np.uint8)
-    scratch = (memory.ctypes.data + 63) & ~63
-    while True:
-        unit = fetch_add(plan, 1)
-        while g < n_groups and unit >= _field(group, UNITS_END):
-            units_begin = _field(group, UNITS_END)
-            group += 8 * GROUP_FIELDS
-            g += 1
-        if g == n_groups:
-            return memory.size  # the memory must live until here
-        row = (unit - units_begin) * unit_rows
-        row_end = min(row + unit_rows, _field(group, N_ROWS))
-        if unit_rows == TILE_ROWS and _field(group, END) - _field(group, BEGIN) >= PANEL_TOKENS:
-            _many_tokens(fmt, plan, group, row, row_end, scratch, scratch + 1024)
-        else:
-            _few_tokens(fmt, plan, group, row, row_end)
+def _quantize(quantize, group, x, records, stride, n_threads):
+    """x f32[M, C] -> records of activations at an address."""
+    plan = np.array([0, x.shape[0], address_of(x), records, stride, x.shape[1], group])
+    launch(quantize, address_of(plan), (x.shape[0] + QUANTIZE_ROWS - 1) // QUANTIZE_ROWS, 4 * x.size, n_threads)
+    return plan.size  # the plan must live until here
 
 
 @kernel
-def transposed_units(fmt, plan):
-    """Add decoded rows times numbers, by chunks of columns, as long as the plan has some."""
-    n_cols, row_bytes = _field(plan, N_COLS), _field(plan, ROW_BYTES)
-    chunks = (n_cols + CHUNK_COLUMNS - 1) // CHUNK_COLUMNS
-    memory = np.empty(4 * CHUNK_COLUMNS, np.uint8)
-    decoded = memory.ctypes.data
-    while True:
-        unit = fetch_add(plan, 1)
-        g = unit // chunks
-        if g >= _field(plan, N_GROUPS):
-            return memory.size  # the memory must live until here
-        group = plan + 8 * (GROUPS + g * GROUP_FIELDS)
-        n_rows, begin, end = _field(group, N_ROWS), _field(group, BEGIN), _field(group, END)
-        start = (unit - g * chunks) * CHUNK_COLUMNS
-        stop = min(start + CHUNK_COLUMNS, n_cols)
-        out = _field(group, OUT) + 4 * start
-        if begin == end:
-            continue
-        for m in range(begin, end):
-            for i in range(stop - start):
-                store(out + 4 * (m * n_cols + i), types.float32(0.0))
-        for r in range(n_rows):
-            fmt.decode(_field(group, ADDRESS) + r * row_bytes, start, stop, decoded)
-            for m in range(begin, end):
-                target = out + 4 * m * n_cols
-                x = load(types.float32, _field(plan, TOKENS) + 4 * (m * n_rows + r))
-                whole = (stop - start) & ~15
-                for i in range(0, whole, 16):
-                    weights = load(f32x16, decoded + 4 * i)
-                    store(target + 4 * i, fma(weights, splat(f32x16, x), load(f32x16, target + 4 * i)))
-                for i in range(whole, stop - start):
-                    weight = load(types.float32, decoded + 4 * i)
-                    store(target + 4 * i, load(types.float32, target + 4 * i) + weight * x)
+def _interleave(interleave, matrices, tokens, record_bytes, tiles, tile_bytes, n_threads):
+    """Records at addresses i64[M] -> tiles at an address, for the matrices with many entries."""
+    table, n = np.empty(tiles.size // tile_bytes * TILE_TOKENS, np.int64), 0
+    for g in range(len(matrices)):
+        begin, end = matrices[g, 2], matrices[g, 3]
+        if end - begin >= units.PANEL_TOKENS:
+            for m in range(begin, begin + (end - begin + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS):
+                table[n] = tokens[min(m, end - 1)]  # a last tile that is not full repeats its last token
+                n += 1
+    plan = np.array([0, n // TILE_TOKENS, address_of(table), record_bytes, address_of(tiles), tile_bytes])
+    launch(interleave, address_of(plan), n // TILE_TOKENS, n * record_bytes, n_threads)
+    return plan.size + table.size  # these must live until here
 
 
 @kernel
-def decode_units(fmt, plan):
-    """Decode rows as long as the plan has some; row ids are in the place of token addresses."""
-    group = plan + 8 * GROUPS
-    n_cols = _field(plan, N_COLS)
-    while True:
-        unit = fetch_add(plan, 1)
-        if unit >= _field(group, END):
-            return 0
-        row = load(types.int64, _field(plan, TOKENS) + 8 * unit)
-        address = _field(group, ADDRESS) + row * _field(plan, ROW_BYTES)
-        fmt.decode(address, 0, n_cols, _field(group, OUT) + 4 * unit * n_cols)
+def _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads):
+    """Matrices i64[G, 5] (address, n_rows, first and last + 1 entry, place in out) times x[rows]; no rows: times x."""
+    multiply, quantize, interleave = codes
+    n_cols = x.shape[1]
+    stride = record_bytes(n_cols, group) if group else 4 * n_cols
+    records = np.empty(x.shape[0] * stride + 64 if group else 0, np.uint8)
+    first = address_of(x)
+    if group:
+        first = (address_of(records) + 63) & ~63
+        _quantize(quantize, group, x, first, stride, n_threads)
+    n_entries = rows.size if rows.size else x.shape[0]
+    tokens = np.empty(n_entries, np.int64)
+    for m in range(n_entries):
+        tokens[m] = first + stride * (rows[m] if rows.size else m)
+    most, n_products, n_tiles = 0, 0, 0
+    for g in range(len(matrices)):
+        n_tokens = matrices[g, 3] - matrices[g, 2]
+        most = max(most, n_tokens)
+        n_products += n_tokens * matrices[g, 1]
+        if n_tokens >= units.PANEL_TOKENS:
+            n_tiles += (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+    tile_bytes = TILE_TOKENS * ((stride + 63) & ~63)
+    tiles = np.empty(n_tiles * tile_bytes, np.uint8)
+    if n_tiles:
+        _interleave(interleave, matrices, tokens, stride, tiles, tile_bytes, n_threads)
+    # One row more than a panel has tells the kernel that it needs no panel.
+    unit_rows = TILE_ROWS if most >= units.PANEL_TOKENS else max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)
+    plan = np.empty(units.GROUPS + units.GROUP_FIELDS * len(matrices), np.int64)
+    plan[units.COUNTER], plan[units.N_COLS], plan[units.ROW_BYTES] = 0, n_cols, row_bytes
+    plan[units.UNIT_ROWS], plan[units.TOKENS] = unit_rows, address_of(tokens)
+    plan[units.TILES], plan[units.TILE_BYTES] = address_of(tiles), tile_bytes
+    n_groups, n_units, n_tiles = 0, 0, 0
+    for g in range(len(matrices)):
+        n_tokens = matrices[g, 3] - matrices[g, 2]
+        if n_tokens:
+            n_units += (matrices[g, 1] + unit_rows - 1) // unit_rows
+            place = units.GROUPS + units.GROUP_FIELDS * n_groups
+            for i in range(units.OUT):
+                plan[place + i] = matrices[g, i]
+            plan[place + units.OUT] = address_of(out) + 4 * matrices[g, 4]
+            plan[place + units.UNITS_END], plan[place + units.FIRST_TILE] = n_units, n_tiles
+            if n_tokens >= units.PANEL_TOKENS:
+                n_tiles += (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+            n_groups += 1
+    plan[units.N_GROUPS] = n_groups
+    launch(multiply, address_of(plan), n_units, n_products * n_cols, n_threads)
+    return records.size + tokens.size + tiles.size + plan.size  # these must live until here
+
+
+@kernel
+def _multiply_groups(codes, group, x, rows, offsets, addresses, n_rows, row_bytes, out, n_threads):
+    """addresses i64[W, G], out f32[W, M, n_rows]; False for rows or offsets that do not fit."""
+    if offsets[0] != 0 or offsets[-1] != rows.size:
+        return False
+    for g in range(offsets.size - 1):
+        if offsets[g + 1] < offsets[g]:
+            return False
+    for m in range(rows.size):
+        if rows[m] < 0 or rows[m] >= x.shape[0]:
+            return False
+    matrices = np.empty((addresses.size, 5), np.int64)
+    for w in range(addresses.shape[0]):
+        for g in range(addresses.shape[1]):
+            row = matrices[w * addresses.shape[1] + g]
+            row[0], row[1], row[2], row[3] = addresses[w, g], n_rows, offsets[g], offsets[g + 1]
+            row[4] = w * rows.size * n_rows
+    if rows.size:
+        _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads)
+    return True
 
 
 # ---- Python side
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Inputs in the form that one kind of weights meets: `addresses` i64[M] of each token's record or row of floats."""
-
-    addresses: np.ndarray
-    n_cols: int
-    group: int  # 32 or 256: int8 with a scale for so many columns; 0: float32
-    memory: np.ndarray  # that the addresses point to
+@cache
+def _kernels(fmt: BlockFormat) -> tuple[tuple[int, int, int], int]:
+    """Machine code of a format's product, of quantizing and interleaving, by address; and its group of activations."""
+    group = fmt.activation_group
+    quantize = compiled_address(quantize_units, FLOATS) if group else 0
+    interleave = compiled_address(interleave_units, FLOATS)
+    return (compiled_address(units.product_units, TAGS[fmt.name]), quantize, interleave), group
 
 
 def n_bytes_needed(fmt: BlockFormat, n_rows: int, n_cols: int) -> int:
@@ -159,31 +138,19 @@ def n_bytes_needed(fmt: BlockFormat, n_rows: int, n_cols: int) -> int:
     return n_rows * fmt.row_bytes(n_cols)
 
 
-def _checked(x: np.ndarray, what: str) -> np.ndarray:
-    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.ndim != 2:
+def _matrix(x: np.ndarray) -> np.ndarray:
+    if type(x) is not np.ndarray or x.dtype != np.float32 or x.ndim != 2:
         found = f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise ShapeError(f"{what} must be a float32 array of two dimensions, found {found}")
-    return np.ascontiguousarray(x)
+        raise ShapeError(f"x must be a float32 array of two dimensions, found {found}")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
 
-def quantize_activations(x: np.ndarray, group: int) -> Activations:
-    """Bring inputs into the form for weights of one kind. x f32[M, C]; group as the format's `activation_group`.
-
-    Raises ShapeError when C is no multiple of the group.
-    """
-    x = _checked(x, "activations")
-    n_tokens, n_cols = x.shape
-    if group == 0:
-        addresses = np.arange(n_tokens, dtype=np.int64) * (4 * n_cols) + x.ctypes.data
-        return Activations(addresses, n_cols, 0, x)
-    if group not in (32, 256) or n_cols % group:
-        raise ShapeError(f"{n_cols} columns cannot be quantized in groups of {group}")
-    stride = record_bytes(n_cols, group)
-    memory = np.empty(n_tokens * stride + 64, np.uint8)
-    start = (memory.ctypes.data + 63) & ~63
-    plan = np.array([0, n_tokens, x.ctypes.data, start, stride, n_cols, group], np.int64)
-    run(quantize_units, TAGS["F32"], plan, (n_tokens + 7) // 8, 4 * x.size)
-    return Activations(np.arange(n_tokens, dtype=np.int64) * stride + start, n_cols, group, memory)
+def _integers(values: np.ndarray) -> np.ndarray:
+    if values.dtype != np.int64:
+        if values.dtype.kind not in "iu":
+            raise ShapeError(f"rows, offsets and addresses must be whole numbers, found {values.dtype}")
+        values = values.astype(np.int64)
+    return np.ascontiguousarray(values)
 
 
 def linear(x: np.ndarray, weights: Sequence[tuple[BlockFormat, int, int]]) -> list[np.ndarray]:
@@ -192,45 +159,23 @@ def linear(x: np.ndarray, weights: Sequence[tuple[BlockFormat, int, int]]) -> li
     The address is that of n_rows rows of C columns in the format's blocks; the caller answers for the memory there.
     Raises ShapeError for an x that is no float32 matrix, FormatError for a C that the blocks do not divide.
     """
-    x = _checked(x, "x")
+    x = _matrix(x)
     n_tokens, n_cols = x.shape
-    outputs = [np.empty((n_tokens, n_rows), np.float32) for _, _, n_rows in weights]
-    if n_tokens == 0:
-        return outputs
-    kinds: dict[int, Activations] = {}
-    for fmt in dict.fromkeys(fmt for fmt, _, _ in weights):
-        group = fmt.activation_group
-        if group not in kinds:
-            kinds[group] = quantize_activations(x, group)
-        jobs = [
-            (int(address), n_rows, 0, n_tokens, out.ctypes.data)
-            for (other, address, n_rows), out in zip(weights, outputs, strict=True)
-            if other is fmt
-        ]
-        _multiply(fmt, kinds[group], jobs, n_cols, n_tokens)
+    outputs: list[np.ndarray] = [x] * len(weights)
+    for fmt in {weight[0] for weight in weights}:
+        chosen, matrices, place = [], [], 0
+        for i, (other, address, n_rows) in enumerate(weights):
+            if other is fmt:
+                chosen.append(i)
+                matrices.append((index(address), index(n_rows), 0, n_tokens, place))
+                place += n_tokens * n_rows
+        out = np.empty(place, np.float32)
+        row_bytes = fmt.row_bytes(n_cols)
+        if n_tokens:
+            _multiply(*_kernels(fmt), x, EVERY_ROW, np.array(matrices, np.int64), row_bytes, out, get_num_threads())
+        for i, (_, n_rows, _, _, place) in zip(chosen, matrices, strict=True):
+            outputs[i] = out[place : place + n_tokens * n_rows].reshape(n_tokens, n_rows)
     return outputs
-
-
-def _multiply(fmt, activations, jobs, n_cols, max_tokens) -> None:
-    row_bytes = fmt.row_bytes(n_cols)
-    if max_tokens >= PANEL_TOKENS:
-        unit_rows = TILE_ROWS
-    else:  # one more than a panel's rows tells the kernel that it needs no panel
-        unit_rows = max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)
-    plan = [0, len(jobs), n_cols, row_bytes, unit_rows, activations.addresses.ctypes.data, 0, 0]
-    n_units, n_products = 0, 0
-    for address, n_rows, begin, end, out in jobs:
-        n_units += -(-n_rows // unit_rows) if end > begin else 0
-        n_products += n_rows * (end - begin)
-        plan += (address, n_rows, begin, end, out, n_units)
-    run(product_units, TAGS[fmt.name], np.array(plan, np.int64), n_units, n_products * n_cols)
-
-
-def _groups(offsets: np.ndarray, addresses: np.ndarray, n_entries: int) -> tuple[list[int], list[int]]:
-    bounds, places = offsets.tolist(), addresses.tolist()
-    if len(bounds) != len(places) + 1 or bounds[0] != 0 or bounds[-1] != n_entries or bounds != sorted(bounds):
-        raise ShapeError(f"offsets must rise from 0 to {n_entries} in {len(places) + 1} steps, found {bounds[:8]}")
-    return bounds, places
 
 
 def grouped_linear(
@@ -241,27 +186,32 @@ def grouped_linear(
     addresses: np.ndarray,
     n_rows: int,
 ) -> np.ndarray:
-    """Each entry times its group's matrix. x f32[M0, C], rows i64[M], offsets i64[G+1], addresses i64[G] -> f32[M, n_rows].
+    """Each entry times its group's matrix. x f32[M0,C], rows i64[M], offsets i64[G+1] -> f32[M,n_rows].
 
-    Entry m of offsets[g]:offsets[g+1] is x[rows[m]] times the n_rows x C matrix at addresses[g]; for that memory the caller
-    answers. Raises ShapeError for arrays that do not fit together, FormatError for a C that the blocks do not divide.
+    Entry m of offsets[g]:offsets[g+1] is x[rows[m]] times the n_rows x C matrix at addresses[g] (i64[G]), for whose
+    memory the caller answers. With addresses i64[W,G], as of gate and up of each expert, the result is f32[W,M,n_rows].
+    Raises ShapeError for arrays that do not fit together, FormatError for a C that the blocks do not divide.
     """
-    x = _checked(x, "x")
-    bounds, places = _groups(offsets, addresses, len(rows))
-    out = np.empty((len(rows), n_rows), np.float32)
-    if not len(rows):
-        return out
-    if rows.min() < 0 or rows.max() >= len(x):
-        raise ShapeError(f"rows must be from 0 to {len(x) - 1}, found {rows.min()} to {rows.max()}")
-    every = quantize_activations(x, fmt.activation_group)
-    chosen = Activations(every.addresses[rows], every.n_cols, every.group, every.memory)
-    jobs = [
-        (place, n_rows, begin, end, out.ctypes.data)
-        for place, begin, end in zip(places, bounds, bounds[1:], strict=False)
-        if end > begin
-    ]
-    _multiply(fmt, chosen, jobs, x.shape[1], max(job[3] - job[2] for job in jobs))
+    x, rows, offsets, addresses = _matrix(x), _integers(rows), _integers(offsets), _integers(addresses)
+    if offsets.shape != (addresses.shape[-1] + 1,):
+        raise ShapeError(f"{addresses.shape[-1]} groups need one offset more, found {offsets.shape}")
+    out = np.empty((*addresses.shape[:-1], rows.size, n_rows), np.float32)
+    row_bytes = fmt.row_bytes(x.shape[1])
+    places = addresses.reshape(-1, addresses.shape[-1])
+    fits = _multiply_groups(
+        *_kernels(fmt), x, rows, offsets, places, n_rows, row_bytes, out.reshape(-1), get_num_threads()
+    )
+    if not fits:
+        raise ShapeError(
+            f"offsets must rise from 0 to {rows.size} and rows be from 0 to {len(x) - 1}, "
+            f"found offsets {offsets[:8].tolist()} and rows {rows[:8].tolist()}"
+        )
     return out
+
+
+def _run(function, fmt: BlockFormat, plan: list[int], n_units: int, operations: int) -> None:
+    numbers = np.array(plan, np.int64)
+    launch(compiled_address(function, TAGS[fmt.name]), numbers.ctypes.data, n_units, operations, get_num_threads())
 
 
 def grouped_linear_transposed(
@@ -272,20 +222,23 @@ def grouped_linear_transposed(
     n_rows: int,
     n_cols: int,
 ) -> np.ndarray:
-    """Each entry times its group's matrix from the left. x f32[M, n_rows], offsets i64[G+1], addresses i64[G] -> f32[M, n_cols].
+    """Each entry as a row vector times its group's matrix. x f32[M,n_rows], offsets i64[G+1] -> f32[M,n_cols].
 
+    addresses i64[G] are those of the n_rows x n_cols matrices.
     Raises ShapeError for arrays that do not fit together, FormatError for n_cols that the blocks do not divide.
     """
-    x = _checked(x, "x")
-    bounds, places = _groups(offsets, addresses, len(x))
+    x = _matrix(x)
     if x.shape[1] != n_rows:
         raise ShapeError(f"x must have {n_rows} columns, one for each row of the matrices, found {x.shape[1]}")
+    bounds, places = _integers(offsets).tolist(), _integers(addresses).tolist()
+    if len(bounds) != len(places) + 1 or bounds[0] != 0 or bounds[-1] != len(x) or bounds != sorted(bounds):
+        raise ShapeError(f"offsets must rise from 0 to {len(x)} in {len(places)} steps, found {bounds[:8]}")
     out = np.empty((len(x), n_cols), np.float32)
     plan = [0, len(places), n_cols, fmt.row_bytes(n_cols), 0, x.ctypes.data, 0, 0]
     for place, begin, end in zip(places, bounds, bounds[1:], strict=False):
-        plan += (place, n_rows, begin, end, out.ctypes.data, 0)
-    n_units = len(places) * -(-n_cols // CHUNK_COLUMNS)
-    run(transposed_units, TAGS[fmt.name], np.array(plan, np.int64), n_units, 2 * x.size * n_cols)
+        plan += (place, n_rows, begin, end, out.ctypes.data, 0, 0)
+    n_units = len(places) * -(-n_cols // units.CHUNK_COLUMNS)
+    _run(units.transposed_units, fmt, plan, n_units, 2 * x.size * n_cols)
     return out
 
 
@@ -294,9 +247,9 @@ def decode_rows(fmt: BlockFormat, address: int, row_ids: np.ndarray, n_cols: int
 
     Raises FormatError for n_cols that the blocks do not divide.
     """
-    row_ids = np.ascontiguousarray(row_ids, np.int64)
-    out = np.empty((len(row_ids), n_cols), np.float32)
+    row_ids = _integers(row_ids)
+    out = np.empty((row_ids.size, n_cols), np.float32)
     plan = [0, 1, n_cols, fmt.row_bytes(n_cols), 0, row_ids.ctypes.data, 0, 0]
-    plan += (int(address), 0, 0, len(row_ids), out.ctypes.data, 0)
-    run(decode_units, TAGS[fmt.name], np.array(plan, np.int64), len(row_ids), out.size)
+    plan += (index(address), 0, 0, row_ids.size, out.ctypes.data, 0, 0)
+    _run(units.decode_units, fmt, plan, row_ids.size, out.size)
     return out

@@ -5,7 +5,7 @@ from numba.extending import overload_method
 
 from edge_moe.kernels.activations import scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
-from edge_moe.kernels.dots import add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
 from edge_moe.kernels.simd import (
     convert,
     f32x8,
@@ -14,6 +14,7 @@ from edge_moe.kernels.simd import (
     fma,
     high_half,
     i8x16,
+    i8x32,
     i8x64,
     i16x16,
     i32x16,
@@ -26,6 +27,7 @@ from edge_moe.kernels.simd import (
     splat,
     store,
     u8x16,
+    u8x32,
     view,
 )
 
@@ -67,20 +69,22 @@ def _block_row_dot(fmt, row, x, n_cols):
 
     def row_dot(fmt, row, x, n_cols):
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
-        total, minimums = splat(f32x16, types.float32(0.0)), types.float32(0.0)
+        total, even, odd = splat(f32x16, types.float32(0.0)), types.float32(0.0), types.float32(0.0)
         n_blocks = n_cols // 32
         for i in range(0, n_blocks, 2):
             first = row + i * size
             second = first + size if i + 1 < n_blocks else first  # a lone last block meets zeros in its second half
             prefetch(first + PREFETCH_BYTES)
             codes = fmt.codes(first, second)
-            low = splat(f32x8, fmt.scale(first) * load(types.float32, scales + 4 * i))
-            high = splat(f32x8, fmt.scale(second) * load(types.float32, scales + 4 * i + 4))
+            first_scale, first_minimum = fmt.factors(first)
+            second_scale, second_minimum = fmt.factors(second)
+            low = splat(f32x8, first_scale * load(types.float32, scales + 4 * i))
+            high = splat(f32x8, second_scale * load(types.float32, scales + 4 * i + 4))
             total = fma(convert(f32x16, dot(fmt, codes, load(i8x64, x + 32 * i))), join(low, high), total)
             if has_minimum:
-                minimums += fmt.minimum(first) * load(types.float32, sums + 4 * i)
-                minimums += fmt.minimum(second) * load(types.float32, sums + 4 * i + 4)
-        return reduce_add(total) + minimums
+                even += first_minimum * load(types.float32, sums + 4 * i)
+                odd += second_minimum * load(types.float32, sums + 4 * i + 4)
+        return reduce_add(total) + (even + odd)
 
     return row_dot
 
@@ -130,17 +134,16 @@ def _float_decode(fmt, row, start, stop, out):
 @overload_method(BlockFormat, "decode")
 def _block_decode(fmt, row, start, stop, out):
     size = fmt.block_bytes
-    code_vector = u8x16 if not fmt.signed or fmt.has_minimum else i8x16
-    has_minimum = fmt.has_minimum
+    code_vector = i8x32 if fmt.signed and not SIGN_BIAS else u8x32
 
     def decode(fmt, row, start, stop, out):
         for i in range(start // 32, stop // 32):
             block, target = row + i * size, out + 128 * (i - start // 32)
-            codes = low_half(fmt.codes(block, block))
-            scale = splat(f32x16, fmt.scale(block))
-            minimum = splat(f32x16, fmt.minimum(block) if has_minimum else types.float32(0.0))
-            store(target, fma(convert(f32x16, convert(i32x16, view(code_vector, low_half(codes)))), scale, minimum))
-            store(target + 64, fma(convert(f32x16, convert(i32x16, view(code_vector, high_half(codes)))), scale, minimum))
+            codes = view(code_vector, low_half(fmt.codes(block, block)))
+            factor, offset = fmt.factors(block)
+            scale, minimum = splat(f32x16, factor), splat(f32x16, offset)
+            store(target, fma(convert(f32x16, convert(i32x16, low_half(codes))), scale, minimum))
+            store(target + 64, fma(convert(f32x16, convert(i32x16, high_half(codes))), scale, minimum))
 
     return decode
 
@@ -148,7 +151,7 @@ def _block_decode(fmt, row, start, stop, out):
 @overload_method(SuperblockFormat, "decode")
 def _superblock_decode(fmt, row, start, stop, out):
     size = fmt.block_bytes
-    code_vector = u8x16 if not fmt.signed or fmt.has_minimum else i8x16
+    code_vector = i8x16 if fmt.signed and not SIGN_BIAS else u8x16
 
     def decode(fmt, row, start, stop, out):
         for i in range(start // 256, stop // 256):
@@ -156,7 +159,7 @@ def _superblock_decode(fmt, row, start, stop, out):
             d, dmin, scales, minimums = fmt.scales(block)
             for chunk in range(4):
                 codes = fmt.codes(block, chunk)
-                for quarter in range(4):
+                for _ in range(4):
                     scale = splat(f32x16, d * types.float32(first_lane(scales)))
                     minimum = splat(f32x16, -dmin * types.float32(first_lane(minimums)))
                     part = view(code_vector, _first_16(codes))

@@ -1,4 +1,4 @@
-"""SIMD registers as numba types: each operation is one LLVM vector instruction, lowered for the CPU that numba targets."""
+"""SIMD registers as numba types; each operation is an LLVM vector instruction, lowered for the CPU numba targets."""
 
 import operator
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.target import TARGET
 
 INT32 = ir.IntType(32)
@@ -31,14 +32,15 @@ class _VectorModel(models.PrimitiveModel):
 
 # The kernels think in 64 bytes: one register of AVX-512, two of AVX2, four of NEON or SSE.
 u8x64, i8x64 = Vector(types.uint8, 64), Vector(types.int8, 64)
-u8x32, u8x16, i8x16, u8x8 = Vector(types.uint8, 32), Vector(types.uint8, 16), Vector(types.int8, 16), Vector(types.uint8, 8)
+u8x32, i8x32 = Vector(types.uint8, 32), Vector(types.int8, 32)
+u8x16, i8x16, u8x8 = Vector(types.uint8, 16), Vector(types.int8, 16), Vector(types.uint8, 8)
 u16x32, i16x32 = Vector(types.uint16, 32), Vector(types.int16, 32)
 u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
-u32x16, i32x16, f32x16 = Vector(types.uint32, 16), Vector(types.int32, 16), Vector(types.float32, 16)
+i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
 
 
-def llvm_type(t: types.Type) -> ir.Type:
+def llvm_type(t: Any) -> ir.Type:
     """The LLVM type of a scalar or vector."""
     if isinstance(t, Vector):
         return ir.VectorType(llvm_type(t.element), t.lanes)
@@ -144,6 +146,12 @@ def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+@inline_kernel
+def address_of(array):
+    """Address of a numpy array's first element; the array must be used once more after the address is."""
+    return types.int64(array.ctypes.data)  # numba's is unsigned: int64 plus uint64 would make it a float
+
+
 # ---- making and converting
 
 
@@ -247,7 +255,7 @@ def shifter(amounts: Sequence[int]) -> Any:
 # ---- arithmetic: a + b, a - b, a * b, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
 
 
-def _lower(name: str, t: types.Number) -> str:
+def _lower(name: str, t: Any) -> str:
     if isinstance(t, types.Float):
         return "f" + name
     return {"shr": "ashr" if t.signed else "lshr"}.get(name, name)
@@ -375,8 +383,15 @@ def half_bits_to_float(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     def const(t: ir.Type, value: float | int) -> ir.Constant:
         return ir.Constant(shaped(t), [value] * bits.type.count if vector else value)
 
-    if TARGET.has_f16:
+    if TARGET.has_f16 and vector:
         return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(ir.FloatType()))
+    if TARGET.has_f16:
+        # LLVM would load into a lane of whatever register, and so wait for what was computed in it; by way of a general
+        # register, behind an assembly of nothing that hides where the number is from, it cannot.
+        wide = builder.zext(bits, INT32)
+        if TARGET.is_x86:
+            wide = builder.asm(ir.FunctionType(INT32, [INT32]), "", "=r,0", [wide], side_effect=False)
+        return builder.fpext(builder.bitcast(builder.trunc(wide, bits.type), ir.HalfType()), ir.FloatType())
     # Without an instruction LLVM would call a library function for each lane: move the exponent instead, and scale.
     wide = builder.zext(bits, shaped(INT32))
     magnitude = builder.shl(builder.and_(wide, const(INT32, 0x7FFF)), const(INT32, 13))
@@ -474,10 +489,12 @@ def bits_to_bytes(typingctx: Any, first: Any, second: Any, value: Any) -> Any:
     """Two uint32 -> u8x64 with `value` for each bit that is set, 0 for the others."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = ir.IntType(64)
-        bits = builder.or_(builder.zext(args[0], wide), builder.shl(builder.zext(args[1], wide), ir.Constant(wide, 32)))
-        mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 64))
+        words = rearrange(builder, spread(builder, args[0], 8), range(16), spread(builder, args[1], 8))
+        octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
+        own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
+        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
+        is_set = builder.icmp_unsigned("==", builder.and_(own_octet, own_bit), own_bit)
         byte = spread(builder, builder.trunc(args[2], ir.IntType(8)), 64)
-        return builder.select(mask, byte, ir.Constant(byte.type, [0] * 64))
+        return builder.select(is_set, byte, constant(u8x64, 0))
 
     return u8x64(types.uint32, types.uint32, types.int64), codegen

@@ -1,0 +1,190 @@
+"""Vector operations, against numpy; and what they become for CPUs that this machine may not have."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+from numba import types
+
+from edge_moe.kernels import blocks, dots, simd, tiles
+from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.simd import f32x16, i8x64, i16x16, i32x16, load, store, u8x64, u16x16
+from edge_moe.kernels.target import target_of
+
+
+def apply(function, *arrays, result):
+    """Run a jitted function of addresses on arrays; the last address is the result's."""
+    arrays = [np.ascontiguousarray(a) for a in arrays]
+    function(*(a.ctypes.data for a in arrays), result.ctypes.data)
+    return result
+
+
+@numba.njit
+def _arithmetic(a, b, out):
+    x, y = load(f32x16, a), load(f32x16, b)
+    store(out, x + y)
+    store(out + 64, x - y)
+    store(out + 128, x * y)
+    store(out + 192, simd.fma(x, y, x))
+    store(out + 256, simd.rounded(x))
+    store(out + 320, simd.absolute(x))
+    store(out + 384, simd.larger(x, y))
+
+
+def test_float_arithmetic():
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal(16).astype(np.float32) * 8 for _ in range(2))
+    x[:4] = [0.5, 1.5, -0.5, -2.5]  # halves go to the even number
+    found = apply(_arithmetic, x, y, result=np.empty((7, 16), np.float32))
+    expected = [x + y, x - y, x * y, x * y + x, np.rint(x), np.abs(x), np.maximum(x, y)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@numba.njit
+def _integers(a, out):
+    x = load(i32x16, a)
+    store(out, (x << types.int32(3)) ^ (x & types.int32(255)) | types.int32(1))
+    store(out + 64, x >> types.int32(5))
+    store(out + 128, simd.convert(i32x16, simd.convert(i16x16, x)))
+    store(out + 192, simd.convert(i32x16, simd.convert(f32x16, x)))
+
+
+def test_integer_arithmetic():
+    x = np.random.default_rng(1).integers(-(2**22), 2**22, 16, dtype=np.int32)
+    found = apply(_integers, x, result=np.empty((4, 16), np.int32))
+    expected = [(x << 3) ^ (x & 255) | 1, x >> 5, x.astype(np.int16).astype(np.int32), x]
+    np.testing.assert_array_equal(found, expected)
+
+
+@numba.njit
+def _reductions(a, out):
+    store(out, simd.reduce_add(load(f32x16, a)))
+    store(out + 4, simd.reduce_max(load(f32x16, a)))
+
+
+def test_reductions():
+    x = np.arange(16, dtype=np.float32) - 3
+    assert apply(_reductions, x, result=np.empty(2, np.float32)).tolist() == [x.sum(), x.max()]
+
+
+@numba.njit
+def _halves(a, out, n):
+    for i in range(0, n, 16):
+        store(out + 4 * i, simd.from_half(load(u16x16, a + 2 * i)))
+        for j in range(i, i + 16):
+            store(out + 4 * (n + j), simd.load_half(a + 2 * j))
+        store(out + 4 * (2 * n + i), simd.from_bfloat(load(u16x16, a + 2 * i)))
+
+
+def test_every_half_precision_number():
+    bits = np.arange(65536, dtype=np.uint16)
+    found = np.empty((3, bits.size), np.float32)
+    _halves(bits.ctypes.data, found.ctypes.data, bits.size)
+    half = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(found[0], half)
+    np.testing.assert_array_equal(found[1], half)
+    np.testing.assert_array_equal(found[2], (bits.astype(np.uint32) << 16).view(np.float32))
+
+
+_lookup = simd.table_lookup(range(-8, 120, 8))
+
+
+@numba.njit
+def _tables(a, out):
+    store(out, _lookup(load(u8x64, a)))
+
+
+def test_table_lookup():
+    indices = np.random.default_rng(2).integers(0, 16, 64, dtype=np.uint8)
+    found = apply(_tables, indices, result=np.empty(64, np.int8))
+    np.testing.assert_array_equal(found, np.arange(-8, 120, 8)[indices])
+
+
+@numba.njit
+def _bits(a, out):
+    store(out, simd.bits_to_bytes(load(types.uint32, a), load(types.uint32, a + 4), 16))
+
+
+def test_bits_to_bytes():
+    words = np.random.default_rng(3).integers(0, 2**32, 2, dtype=np.uint32)
+    found = apply(_bits, words, result=np.empty(64, np.uint8))
+    np.testing.assert_array_equal(found, 16 * np.unpackbits(words.view(np.uint8), bitorder="little"))
+
+
+@numba.njit
+def _transpose(a, out):
+    tiles.transpose_16x16(a, out)
+
+
+def test_transpose():
+    rows = np.random.default_rng(4).integers(0, 2**31, (16, 16), dtype=np.int32)
+    np.testing.assert_array_equal(apply(_transpose, rows, result=np.empty((16, 16), np.int32)), rows.T)
+
+
+@numba.njit
+def _dot(fmt, plan):
+    codes = load(u8x64, load(types.int64, plan))
+    store(load(types.int64, plan + 16), dots.dot(fmt, codes, load(i8x64, load(types.int64, plan + 8))))
+    return 0
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("fmt", [blocks.Q4_0, blocks.Q6_K, blocks.Q8_0], ids=lambda f: f.format_name)
+def test_dot_products(fmt, extreme):
+    """Exact, also at the ends of the range, where sums of 16 bits could overflow."""
+    rng = np.random.default_rng(5)
+    low, high = (-128, 127) if fmt.signed else (0, fmt.max_code)
+    codes, x = rng.integers(low, high + 1, 64), rng.integers(-127, 128, 64, dtype=np.int8)
+    if extreme:
+        codes[:], x[:] = (low if fmt.signed else high), -127
+    stored = (codes + (dots.SIGN_BIAS if fmt.signed else 0)).astype(np.uint8)
+    found = np.empty(16, np.int32)
+    plan = np.array([stored.ctypes.data, x.ctypes.data, found.ctypes.data])
+    launch(compiled_address(_dot, fmt), plan.ctypes.data, 1, 0, 1)
+    expected = codes + (dots.SIGN_BIAS if fmt.signed else 0)
+    np.testing.assert_array_equal(found, (expected * x).reshape(16, 4).sum(1))
+
+
+def test_targets():
+    assert target_of("x86_64-unknown-linux-gnu", {"avx2", "f16c", "ssse3"}).dot == "avx2"
+    assert target_of("x86_64-unknown-linux-gnu", {"avx512bw", "avx512vl", "avx512vnni", "avx2"}).dot == "avx512vnni"
+    assert target_of("x86_64-pc-windows-msvc", {"avx2", "avxvnni"}).dot == "avxvnni"
+    assert target_of("x86_64-unknown-linux-gnu", set()).dot == "plain"
+    assert target_of("arm64-apple-darwin", {"dotprod"}).dot == "sdot"
+    assert target_of("aarch64-unknown-linux-gnu", {"dotprod", "i8mm"}).dot == "usdot"
+    assert target_of("riscv64-unknown-linux-gnu", set()).dot == "plain"
+
+
+AVX512 = "avx2,f16c,fma,ssse3,avx512f,avx512bw,avx512vl,avx512dq"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("triple", "cpu", "features", "pattern"),
+    [
+        ("x86_64-unknown-linux-gnu", "znver4", f"{AVX512},avx512vnni", r"vpdpbusd\s+\d*\(%r\w+,%r\w+\)\{1to16\}, %zmm"),
+        ("x86_64-unknown-linux-gnu", "skylake-avx512", AVX512, r"vpmaddubsw.*%zmm"),
+        ("x86_64-unknown-linux-gnu", "alderlake", "avx2,f16c,fma,ssse3,avxvnni", r"vpdpbusd.*%ymm"),
+        ("aarch64-unknown-linux-gnu", "generic", "neon,dotprod,fullfp16", r"\tsdot\tv\d+\.4s, v\d+\.16b, v\d+\.16b"),
+        ("aarch64-unknown-linux-gnu", "generic", "neon,dotprod,i8mm", r"\tusdot\tv\d+\.4s, v\d+\.16b, v\d+\.16b"),
+    ],
+    ids=["avx512vnni", "avx512", "avxvnni", "sdot", "usdot"],
+)
+def test_assembly(triple, cpu, features, pattern):
+    """A product's inner loops use the CPU's dot products: 8 steps times all tokens of a tile, and some for one row."""
+    try:
+        llvm.initialize_all_targets()
+        llvm.Target.from_triple(triple)
+    except RuntimeError:
+        pytest.skip(f"this LLVM does not know {triple}")
+    script = Path(__file__).with_name("product_assembly.py")
+    command = [sys.executable, str(script), "Q4_K", triple, cpu, features]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=os.environ.copy())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(pattern, done.stdout)) >= 64
