@@ -59,17 +59,18 @@ def test_store_bf16_keeps_nan_and_infinity():
     np.testing.assert_array_equal((out.astype(np.uint32) << 16).view(np.float32), values)
 
 
-def test_silu_multiply(rng):
-    gate, up = rng.standard_normal((37, 24), np.float32) * 5, rng.standard_normal((37, 24), np.float32)
+@pytest.mark.parametrize("shape", [(1, 24), (37, 24), (41, 2048)])
+def test_silu_multiply(rng, shape):
+    gate, up = rng.standard_normal(shape, np.float32) * 5, rng.standard_normal(shape, np.float32)
     gate[0, 0], gate[0, 1] = -200, 200
     wide = gate.astype(np.float64)
     expected = wide / (1 + np.exp(-wide)) * up
     np.testing.assert_allclose(elementwise.silu_multiply(gate, up), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 40])
-def test_weighted_sum(rng, n_tokens):
-    values = rng.standard_normal((n_tokens * 3, 10), np.float32)
+@pytest.mark.parametrize(("n_tokens", "width"), [(1, 10), (40, 10), (40, 1000)])
+def test_weighted_sum(rng, n_tokens, width):
+    values = rng.standard_normal((n_tokens * 3, width), np.float32)
     positions = rng.permutation(n_tokens * 3).reshape(n_tokens, 3)
     weights = rng.random((n_tokens, 3), np.float32)
     expected = (values[positions].astype(np.float64) * weights[..., None]).sum(1)

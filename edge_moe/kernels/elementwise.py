@@ -6,7 +6,7 @@ from numba import prange
 
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
 
-_ROWS_PER_TASK = 16  # enough work to be worth a thread, small enough to balance
+_WORTH_THREADS = 65536  # values; waking other threads takes longer than working through fewer
 
 
 @inline_kernel
@@ -67,33 +67,47 @@ def store_bf16(values, out):
             out[t, i] = to_bf16(values[t, i])
 
 
+@inline_kernel
+def _silu_multiply_row(gate, up, out):
+    for i in range(gate.shape[0]):
+        g = gate[i]
+        out[i] = g / (np.float32(1.0) + np.exp(-g)) * up[i]
+
+
 @parallel_kernel
 def silu_multiply(gate, up):
     """silu(gate) * up, the gated activation of each expert. f32[M,F], f32[M,F] -> f32[M,F]."""
     n_rows = gate.shape[0]
     out = np.empty(gate.shape, np.float32)
-    n_tasks = (n_rows + _ROWS_PER_TASK - 1) // _ROWS_PER_TASK
-    for task in prange(n_tasks):
-        for m in range(task * _ROWS_PER_TASK, min(n_rows, (task + 1) * _ROWS_PER_TASK)):
-            for i in range(gate.shape[1]):
-                g = gate[m, i]
-                out[m, i] = g / (np.float32(1.0) + np.exp(-g)) * up[m, i]
+    if gate.size < _WORTH_THREADS:
+        for m in range(n_rows):
+            _silu_multiply_row(gate[m], up[m], out[m])
+    else:
+        for m in prange(n_rows):
+            _silu_multiply_row(gate[m], up[m], out[m])
     return out
+
+
+@inline_kernel
+def _weighted_sum_row(values, positions, weights, out):
+    out[:] = 0
+    for k in range(positions.shape[0]):
+        row, weight = values[positions[k]], weights[k]
+        for i in range(values.shape[1]):
+            out[i] += weight * row[i]
 
 
 @parallel_kernel
 def weighted_sum(values, positions, weights):
     """Sum each token's expert outputs. values f32[M,D], positions i64[T,K], weights f32[T,K] -> f32[T,D]."""
-    n_tokens, n_active = positions.shape
+    n_tokens = positions.shape[0]
     out = np.empty((n_tokens, values.shape[1]), np.float32)
-    n_tasks = (n_tokens + _ROWS_PER_TASK - 1) // _ROWS_PER_TASK
-    for task in prange(n_tasks):
-        for t in range(task * _ROWS_PER_TASK, min(n_tokens, (task + 1) * _ROWS_PER_TASK)):
-            out[t] = 0
-            for k in range(n_active):
-                row, weight = values[positions[t, k]], weights[t, k]
-                for i in range(values.shape[1]):
-                    out[t, i] += weight * row[i]
+    if values.size < _WORTH_THREADS:
+        for t in range(n_tokens):
+            _weighted_sum_row(values, positions[t], weights[t], out[t])
+    else:
+        for t in prange(n_tokens):
+            _weighted_sum_row(values, positions[t], weights[t], out[t])
     return out
 
 
