@@ -15,7 +15,7 @@ from edge_moe.weights import Weight
 
 ARCHITECTURES = ("deepseek2",)
 
-_TENSOR_NAMES = {
+TENSOR_NAMES = {
     "embed_tokens": "token_embd.weight",
     "norm": "output_norm.weight",
     "lm_head": "output.weight",
@@ -110,8 +110,8 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 def _gguf_name(name: str) -> str:
     if name.startswith("layers."):
         _, index, rest = name.split(".", 2)
-        return f"blk.{index}.{_TENSOR_NAMES.get(rest, rest)}"
-    return _TENSOR_NAMES.get(name, name)
+        return f"blk.{index}.{TENSOR_NAMES.get(rest, rest)}"
+    return TENSOR_NAMES.get(name, name)
 
 
 class _Keys:

@@ -16,7 +16,7 @@ PACKAGES = {
 ROOMS = [
     ["errors"],
     ["config", "formats"],
-    ["gguf", "kernels"],
+    ["gguf", "kernels", "safetensors"],
     ["weights"],
     ["checkpoint"],
     ["latent_cache"],

@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "show what a model file holds and the memory it needs",
     "bench": "measure prompt and generation speed",
     "eval": "measure perplexity, and the divergence from a reference model",
+    "convert": "turn a Hugging Face checkpoint into a GGUF file",
 }
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
@@ -28,7 +29,7 @@ usage: edge-moe COMMAND [options]
 Run Mixture-of-Experts language models with latent attention (DeepSeek-V2, -V3 and kin) from one GGUF file.
 
 commands:
-{"".join(f"  {name:<7}{text}" + chr(10) for name, text in COMMANDS.items())}
+{"".join(f"  {name:<9}{text}" + chr(10) for name, text in COMMANDS.items())}
 options:
   -h, --help     show this help; `edge-moe COMMAND --help` shows a command's options
   --version      show the version
