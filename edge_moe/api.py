@@ -90,8 +90,6 @@ class Model:
         ids = tokenizer.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
         if session is None:
             session = self.new_session(min(self.context_length, max(len(ids), 1) + max_new_tokens))
-            if len(ids) > self.context_length:
-                session = self.new_session()
         self._last_session = session
         tokens = session.generate(
             ids,
