@@ -115,3 +115,10 @@ def test_training_learns_resumes_decays_and_exports(tmp_path):
     shapes = {t.name: t.shape.tolist() for t in reader.tensors}
     assert shapes["blk.1.ffn_gate_exps.weight"] == [256, 256, 16]
     assert shapes["blk.0.attn_k_b.weight"] == [32, 256, 8]
+
+    (tmp_path / "stable").rename(tmp_path / "lost")
+    warm = ("--warm", tmp_path / "gguf" / "reference-f32.gguf", "--warm-tokens", tokens[-1])
+    run("train.py", *options, *warm, "--until", tokens[-1] + 512)
+    warmed = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert warmed["tokens"] == tokens[-1] + 512
+    assert warmed["loss"] < records[0]["loss"] - 1, "training goes on from a GGUF file"

@@ -23,6 +23,7 @@ from model import CONFIG, DeepseekV2
 from muon import Muon
 from tokenizers import Tokenizer
 from torch import Tensor
+from warm import state_from_gguf
 
 SHUFFLE_TOKENS = 1 << 19  # windows are shuffled inside blocks of this many tokens
 
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--until", type=int, default=1 << 62, help="stop the stable phase at this many tokens")
     parser.add_argument("--decay", type=int, default=0, help="branch off: decay to zero over this many tokens")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a step")
+    parser.add_argument("--warm", type=Path, help="begin from the weights of a GGUF file when there is no checkpoint")
+    parser.add_argument("--warm-tokens", type=int, default=0, help="tokens those weights have seen")
+    parser.add_argument("--batch", type=int, default=24, help="sequences in a step")
     parser.add_argument("--micro", type=int, default=4, help="sequences at a time")
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--warmup", type=int, default=80_000, help="tokens until the full learning rate")
@@ -116,20 +119,25 @@ def main() -> None:
     pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
     stable, target = args.cache / "stable", args.cache / ("decayed" if args.decay else "stable")
     position, start = 0, newest(stable)
+    fresh = 0  # the position at which the optimizers began without momentum
     if start is not None:
         state = torch.load(start, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
-        position = state["tokens"]
+        position, fresh = state["tokens"], state.get("fresh", 0)
+    elif args.warm:
+        model.load_state_dict(state_from_gguf(args.warm, CONFIG))
+        position = fresh = args.warm_tokens
     branch = position
     end = position + args.decay if args.decay else args.until
     log = (args.cache / ("log_decay.jsonl" if args.decay else "log.jsonl")).open("a", buffering=1)
 
     def checkpoint() -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        path = save(target, {**state, "rng": torch.get_rng_state(), "tokens": position, "config": CONFIG})
+        rest = {"rng": torch.get_rng_state(), "tokens": position, "fresh": fresh, "config": CONFIG}
+        path = save(target, state | rest)
         print(f"saved {path}", flush=True)
 
     stopping = []
@@ -138,7 +146,7 @@ def main() -> None:
     saved_at = time.monotonic()
     while position < end and not stopping:
         began = time.monotonic()
-        factor = min(1.0, (position + args.batch * args.seq) / args.warmup)
+        factor = min(1.0, (position - fresh + args.batch * args.seq) / args.warmup)
         if args.decay:
             factor *= (end - position) / args.decay
         for optimizer in optimizers:
