@@ -12,12 +12,13 @@ import psutil
 
 from edge_moe.backends.cpu import CpuBackend
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
-from edge_moe.config import ModelConfig
+from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import OptionError
-from edge_moe.generate import GenerationStats, Session
+from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
-from edge_moe.latent_cache import LatentCache
+from edge_moe.latent_cache import LatentCache, check_kind
 from edge_moe.models import deepseek2
+from edge_moe.onnx_folder import OnnxFolder, OnnxPass
 from edge_moe.sampling import Sampler, SamplingOptions
 from edge_moe.tokenizer import Tokenizer
 
@@ -27,7 +28,14 @@ DEFAULT_CONTEXT_LENGTH = 16384
 class Model:
     """A loaded model. Its weights stay in the file; one instance serves one thread at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int, context_length: int | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | OnnxFolder,
+        *,
+        threads: int,
+        context_length: int | None = None,
+        kv: str = KV_KINDS[0],
+    ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         longest = self.config.max_position_embeddings
@@ -35,8 +43,15 @@ class Model:
         if not 1 <= self.context_length <= longest:
             raise OptionError(f"-c/--ctx-size {context_length}: {checkpoint.path} takes 1 to {longest} tokens")
         self.threads = threads
+        self.kv = check_kind(kv)
+        if isinstance(checkpoint, OnnxFolder) and kv != KV_KINDS[0]:
+            raise OptionError(f"--kv {kv}: {checkpoint.path} is an ONNX model, which keeps its cache its own way")
         self._last_session: Session | None = None
-        self._pass = deepseek2.DeepseekV2(self.config, deepseek2.load_weights(checkpoint), CpuBackend(threads))
+        self._pass: LanguageModel
+        if isinstance(checkpoint, OnnxFolder):
+            self._pass = OnnxPass(checkpoint, threads)
+        else:
+            self._pass = deepseek2.DeepseekV2(self.config, deepseek2.load_weights(checkpoint), CpuBackend(threads))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -50,13 +65,17 @@ class Model:
 
     def new_session(self, context_length: int | None = None) -> Session:
         """An empty latent cache to generate with; a chat keeps one, so that each turn runs only what is new."""
-        return Session(self._pass, context_length or self.context_length)
+        length = context_length or self.context_length
+        return Session(self._pass, length, self.new_cache(length))
 
-    def new_cache(self, context_length: int | None = None) -> LatentCache:
+    def new_cache(self, context_length: int | None = None) -> Cache:
         """An empty latent cache for `forward`."""
-        return LatentCache(self.config, context_length or self.context_length)
+        length = context_length or self.context_length
+        if isinstance(self._pass, OnnxPass):
+            return self._pass.new_cache(length)
+        return LatentCache(self.config, length, self.kv)
 
-    def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
+    def forward(self, token_ids: np.ndarray, cache: Cache, *, all_logits: bool = False) -> np.ndarray:
         """Run tokens behind those in `cache`. token_ids i64[T] -> f32[1,vocab] of the last, or f32[T,vocab] of all."""
         return self._pass.forward(token_ids, cache, all_logits=all_logits)
 
@@ -136,12 +155,17 @@ def default_threads() -> int:
 
 
 def load(
-    path: str | PathLike[str] | Checkpoint | None = None,
+    path: str | PathLike[str] | Checkpoint | OnnxFolder | None = None,
     *,
     threads: int | None = None,
     context_length: int | None = None,
+    kv: str = KV_KINDS[0],
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
+
+    `kv` is how latent caches keep their numbers: "bf16", "int8" (little more than half of that) or "f32" (exact).
+
+    A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
     Raises OptionError, FormatError, UnsupportedError.
     """
@@ -149,7 +173,7 @@ def load(
         threads = default_threads()
     elif not 1 <= threads <= max_threads():
         raise OptionError(f"-t/--threads {threads}: this machine takes 1 to {max_threads()}")
-    checkpoint = (
-        path if isinstance(path, Checkpoint) else open_checkpoint(embedded_model_path() if path is None else path)
-    )
-    return Model(checkpoint, threads=threads, context_length=context_length)
+    if not isinstance(path, Checkpoint | OnnxFolder):
+        path = embedded_model_path() if path is None else Path(path)
+        path = OnnxFolder(path) if path.is_dir() else open_checkpoint(path)
+    return Model(path, threads=threads, context_length=context_length, kv=kv)

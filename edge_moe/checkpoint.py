@@ -58,7 +58,7 @@ class Checkpoint:
         self.path: Path = gguf.path
         self.metadata: Mapping[str, Any] = gguf.metadata
         self.size_bytes: int = gguf.size_bytes
-        self.config: ModelConfig = _read_config(gguf)
+        self.config: ModelConfig = read_config(gguf)
 
     def __contains__(self, name: str) -> bool:
         return _gguf_name(name) in self._gguf.tensors
@@ -174,8 +174,11 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_config(gguf: GGUFFile) -> ModelConfig:
-    """Metadata to config, every value checked for its type, its range and against the others."""
+def read_config(gguf: GGUFFile, *, has_weights: bool = True) -> ModelConfig:
+    """Metadata to config, every value checked for its type, its range and against the others.
+
+    Without weights the size of the vocabulary is that of the metadata instead of the embeddings'.
+    """
     architecture = _Keys(gguf.path, gguf.metadata, "").text("general.architecture", _REQUIRED)
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(
@@ -184,7 +187,7 @@ def _read_config(gguf: GGUFFile) -> ModelConfig:
         )
     keys = _Keys(gguf.path, gguf.metadata, f"{architecture}.")
     embedding = gguf.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    if has_weights and (embedding is None or len(embedding.shape) != 2):
         raise FormatError(
             f"{gguf.path}: tensor token_embd.weight is missing or no matrix; "
             "the file holds no model (perhaps a vocabulary only), download it again"
@@ -194,7 +197,7 @@ def _read_config(gguf: GGUFFile) -> ModelConfig:
             f"{gguf.path}: metadata {architecture}.attention.temperature_scale asks for position-dependent attention "
             "temperature, which edge_moe does not have"
         )
-    vocab_size = embedding.shape[0]
+    vocab_size = embedding.shape[0] if embedding else keys.integer("vocab_size", _REQUIRED, 1)
     n_layers = keys.integer("block_count", _REQUIRED, 1, 10_000)
     n_nextn = keys.integer("nextn_predict_layers", 0, 0, n_layers - 1)  # heads for speculation, which is not done here
     n_experts = keys.integer("expert_count", 0)

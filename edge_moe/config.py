@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+KV_KINDS = ("bf16", "int8", "f32")  # how the latent cache can keep its numbers; the first is the default
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

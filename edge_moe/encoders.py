@@ -37,6 +37,11 @@ class ByteLevelEncoder:
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
 
+    @property
+    def library_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work; it knows no special tokens."""
+        return self._tokenizer
+
     def encode(self, text: str, at_start: bool) -> list[int]:
         """Token ids of a text without special tokens."""
         ids: list[int] = []

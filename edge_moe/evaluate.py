@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_moe.errors import FormatError, OptionError, ShapeError
+from edge_moe.divergence import (
+    Evaluation,
+    Scores,
+    kl_divergences,
+    live_log_probs,
+    normalizers,
+    summarize,
+    surprises,
+)
+from edge_moe.errors import FormatError, OptionError
 from edge_moe.generate import PREFILL_CHUNK
+from edge_moe.saved_logits import LogitsWriter, LogProbs, SavedLogits, saving_logits
 
 if TYPE_CHECKING:
     from edge_moe.api import Model
 
 LOGITS_BYTES = 128 << 20  # most logits of one model held at once: 320 positions of a 102,400-token vocabulary
-_SOFTMAX_ROWS = 16  # rows in float64 at once: 13 MB for such a vocabulary
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Quality of a model on one text; the divergences (in nats) are None when there was no reference."""
-
-    tokens: int
-    ppl: float
-    ppl_stderr: float
-    bits_per_byte: float
-    kld_mean: float | None = None
-    kld_p99: float | None = None
-    kld_p999: float | None = None
-    top1_agreement: float | None = None
+_FEWEST_ROWS = 16
+_MASS = 0.8, 1.01  # of a saved row: rounding adds up to 1e-4, and tokens too unlikely to be saved are missing
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Window:
         return slice(self.start + self.first + 1, self.start + self.length)
 
 
-def windows(n_tokens: int, context_length: int, stride: int | None = None) -> list[Window]:
-    """Windows that cover a text.
+def windows(n_tokens: int, context_length: int, stride: int | None = None, limit: int | None = None) -> list[Window]:
+    """Windows that cover a text, the first `limit` of them.
 
     Without a stride they are those of llama-perplexity: whole chunks of context_length tokens side by side, the
     second half of each scored, so that every scored token has seen at least half a context. With a stride the
@@ -68,116 +66,122 @@ def windows(n_tokens: int, context_length: int, stride: int | None = None) -> li
         )
     step = stride or context_length
     first = context_length - stride - 1 if stride else context_length // 2
-    return [Window(start, context_length, first) for start in range(0, n_tokens - context_length + 1, step)]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities of each row. f32[T,V] -> f64[T,V]; in float64, since divergences go down to 1e-6."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
-
-
-def negative_log_likelihoods(logits: np.ndarray, next_ids: Sequence[int]) -> np.ndarray:
-    """Surprise, in nats, at each token that came. logits f32[T,V], next_ids T token ids -> f64[T]."""
-    ids = np.asarray(next_ids, dtype=np.int64)
-    out = np.empty(len(ids))
-    for rows in _row_blocks(len(ids)):
-        log_probs = log_softmax(logits[rows])
-        out[rows] = -log_probs[np.arange(len(log_probs)), ids[rows]]
-    return out
-
-
-def kl_divergences(reference_logits: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL(reference || model) of each row, in nats. f32[T,V], f32[T,V] -> f64[T]."""
-    if reference_logits.shape != logits.shape:
-        raise ShapeError(f"logits of the reference {reference_logits.shape} and the model {logits.shape} must match")
-    out = np.empty(len(logits))
-    for rows in _row_blocks(len(logits)):
-        reference, other = log_softmax(reference_logits[rows]), log_softmax(logits[rows])
-        # a token that the reference rules out (-inf) adds nothing, where 0 * inf would give nan
-        terms = np.exp(reference) * np.where(np.isneginf(reference), 0.0, reference - other)
-        out[rows] = terms.sum(axis=-1)
-    return np.maximum(out, 0.0)  # rounding can leave -1e-17
+    return [Window(start, context_length, first) for start in range(0, n_tokens - context_length + 1, step)][:limit]
 
 
 def evaluate(
     model: Model,
     text: str,
     *,
-    reference: Model | None = None,
+    reference: Model | SavedLogits | None = None,
     context_length: int = 512,
     stride: int | None = None,
+    max_windows: int | None = None,
+    save_logits: Path | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Evaluation:
     """Score a text; with a reference also compare the two distributions at every scored position.
 
+    The reference is another model, or its distributions over the same text as `save_logits` wrote them.
     on_window(done, total, ppl so far) is called after each window. One block of logits per model is held at a time.
 
-    Raises OptionError when the text is too short or the two models differ in vocabulary, FormatError when a model's
-    logits are not numbers.
+    Raises OptionError when the text is too short, or the reference has another vocabulary or another text, FormatError
+    when a model's logits are not numbers or the saved ones are damaged.
     """
     ids = list(model.tokenizer.encode(text))
-    if reference is not None:
+    if reference is not None and not isinstance(reference, SavedLogits):
         _check_same_vocabulary(model, reference, ids, text)
-    plan = windows(len(ids), context_length, stride)
+    plan = windows(len(ids), context_length, stride, max_windows)
+    if isinstance(reference, SavedLogits):
+        _check_same_text(model, reference, ids, plan, stride)
+    if save_logits is not None and stride is not None:
+        raise OptionError("--save-logits keeps chunks that lie side by side; leave out --stride")
     starts_with_bos = ids[0] == model.tokenizer.bos_id
-    surprises: list[np.ndarray] = []
-    divergences: list[np.ndarray] = []
-    n_bytes = n_agreed = 0
-    total = 0.0
-    for number, window in enumerate(plan, start=1):
-        window_ids = ids[window.start : window.start + window.length]
-        if starts_with_bos:
-            window_ids[0] = ids[0]  # each window is a text of its own, as in llama-perplexity
-        position = window.first
-        for logits, expected in _scored_logits(model, reference, window_ids, window.first):
-            surprises.append(negative_log_likelihoods(logits, window_ids[position + 1 : position + 1 + len(logits)]))
-            _check_finite(surprises[-1], model, window.start + position)
-            total += float(surprises[-1].sum())
-            if reference is not None and expected is not None:
-                divergences.append(kl_divergences(expected, logits))
-                _check_finite(divergences[-1], reference, window.start + position)
-                n_agreed += int(np.count_nonzero(expected.argmax(axis=-1) == logits.argmax(axis=-1)))
-            position += len(logits)
-        n_bytes += sum(len(model.tokenizer.token_bytes(each, skip_special=True)) for each in ids[window.scored])
-        if on_window is not None:
-            on_window(number, len(plan), _exp(total / sum(map(len, surprises))))
-    return _summary(np.concatenate(surprises), np.concatenate(divergences) if divergences else None, n_agreed, n_bytes)
+    measured: list[Scores] = []
+    with contextlib.ExitStack() as exits:
+        writer = None
+        if save_logits is not None:
+            chunks = [ids[window.start : window.start + window.length] for window in plan]
+            writer = exits.enter_context(saving_logits(save_logits, context_length, model.config.vocab_size, chunks))
+        nats = n_scored = 0.0
+        for number, window in enumerate(plan):
+            window_ids = np.array(ids[window.start : window.start + window.length], np.int64)
+            if starts_with_bos:
+                window_ids[0] = ids[0]  # each window is a text of its own, as in llama-perplexity
+            for scores in _window_scores(model, reference, window_ids, window, number, writer):
+                measured.append(scores)
+                nats, n_scored = nats + scores.nll.sum(), n_scored + len(scores.nll)
+            if on_window is not None:
+                on_window(number + 1, len(plan), float(np.exp(min(nats / n_scored, 700))))
+    return summarize(_joined(measured))
 
 
-def _summary(surprises: np.ndarray, divergences: np.ndarray | None, n_agreed: int, n_bytes: int) -> Evaluation:
-    n = len(surprises)
-    mean = float(surprises.mean())
-    stderr = float(surprises.std() / math.sqrt(n - 1)) if n > 1 else math.nan
-    ppl = _exp(mean)
-    bits_per_byte = float(surprises.sum()) / math.log(2) / n_bytes if n_bytes else math.nan
-    if divergences is None:
-        return Evaluation(n, ppl, ppl * stderr, bits_per_byte)
-    p99, p999 = (float(value) for value in np.percentile(divergences, [99.0, 99.9]))
-    return Evaluation(n, ppl, ppl * stderr, bits_per_byte, float(divergences.mean()), p99, p999, n_agreed / n)
+def _window_scores(
+    model: Model,
+    reference: Model | SavedLogits | None,
+    ids: np.ndarray,
+    window: Window,
+    number: int,
+    writer: LogitsWriter | None,
+) -> Iterator[Scores]:
+    """What each position of a window gives, block by block."""
+    expected = _reference_blocks(reference, model, ids, window, number)
+    position = window.first
+    for logits in _scored_logits(model, ids, window.first):
+        n = len(logits)
+        next_ids = ids[position + 1 : position + 1 + n]
+        log_normalizers = normalizers(logits)
+        nll = surprises(logits, log_normalizers, next_ids)
+        _check_finite(nll, model, window.start + position)
+        if writer is not None:
+            writer.write(logits, log_normalizers)
+        n_bytes = np.array([len(model.tokenizer.token_bytes(int(each), skip_special=True)) for each in next_ids])
+        reference_nll = kld = np.empty(0)
+        same_top = np.empty(0, bool)
+        if reference is not None:
+            log_probs = next(expected)
+            kld, mass = kl_divergences(log_probs, logits, log_normalizers)
+            if isinstance(reference, SavedLogits):
+                if not ((mass > _MASS[0]) & (mass < _MASS[1])).all():
+                    raise reference.damaged(number)
+            else:
+                _check_finite(kld, reference, window.start + position)
+            reference_nll = -log_probs.of(next_ids)
+            same_top = log_probs.likeliest() == logits.argmax(axis=-1)
+        yield Scores(np.full(n, number), n_bytes, nll, reference_nll, kld, same_top)
+        position += n
 
 
-def _scored_logits(
-    model: Model, reference: Model | None, ids: Sequence[int], first: int
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Blocks f32[rows,V] of both models' logits at positions first : len(ids) - 1; the last token has no successor."""
-    models = [model] if reference is None else [model, reference]
-    caches = [each.new_cache(len(ids)) for each in models]
-    token_ids = np.asarray(ids, dtype=np.int64)
-    for each, cache in zip(models, caches, strict=True):
-        for start in range(0, first, PREFILL_CHUNK):
-            each.forward(token_ids[start : min(start + PREFILL_CHUNK, first)], cache)
-    rows = min(PREFILL_CHUNK, max(_SOFTMAX_ROWS, LOGITS_BYTES // (4 * model.config.vocab_size)))
-    for start in range(first, len(ids) - 1, rows):
-        block = token_ids[start : min(start + rows, len(ids) - 1)]
-        logits = [each.forward(block, cache, all_logits=True) for each, cache in zip(models, caches, strict=True)]
-        yield logits[0], logits[1] if reference is not None else None
+def _reference_blocks(
+    reference: Model | SavedLogits | None, model: Model, ids: np.ndarray, window: Window, number: int
+) -> Iterator[LogProbs]:
+    """The reference's distributions in blocks of as many positions as the model's."""
+    if isinstance(reference, SavedLogits):
+        for start, stop in _blocks(model, window.first, len(ids)):
+            yield reference.rows(number, start - window.first, stop - start)
+    elif reference is not None:
+        for logits in _scored_logits(reference, ids, window.first):
+            yield live_log_probs(logits, normalizers(logits))
 
 
-def _row_blocks(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + _SOFTMAX_ROWS, n)) for start in range(0, n, _SOFTMAX_ROWS))
+def _scored_logits(model: Model, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    """Blocks f32[rows,V] of the logits at positions first : len(ids) - 1; the last token has no successor."""
+    cache = model.new_cache(len(ids))
+    for start in range(0, first, PREFILL_CHUNK):
+        model.forward(ids[start : min(start + PREFILL_CHUNK, first)], cache)
+    for start, stop in _blocks(model, first, len(ids)):
+        yield model.forward(ids[start:stop], cache, all_logits=True)
+
+
+def _blocks(model: Model, first: int, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose logits are held at the same time."""
+    rows = min(PREFILL_CHUNK, max(_FEWEST_ROWS, LOGITS_BYTES // (4 * model.config.vocab_size)))
+    return ((start, min(start + rows, length - 1)) for start in range(first, length - 1, rows))
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    fields = Scores.__dataclass_fields__
+    return Scores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
 
 
 def _check_same_vocabulary(model: Model, reference: Model, ids: Sequence[int], text: str) -> None:
@@ -192,6 +196,33 @@ def _check_same_vocabulary(model: Model, reference: Model, ids: Sequence[int], t
         )
 
 
+def _check_same_text(
+    model: Model, saved: SavedLogits, ids: Sequence[int], plan: Sequence[Window], stride: int | None
+) -> None:
+    """Raises OptionError unless the saved distributions are those of these windows."""
+    path, (n_chunks, length) = saved.path, saved.token_ids.shape
+    if saved.vocab_size != model.config.vocab_size:
+        raise OptionError(
+            f"{path}: is of a vocabulary of {saved.vocab_size} tokens, the model has {model.config.vocab_size}; "
+            "both must have the same"
+        )
+    if stride is not None:
+        raise OptionError(f"{path}: holds chunks that lie side by side; leave out --stride")
+    if length != plan[0].length:
+        raise OptionError(f"{path}: is of chunks of {length} tokens, not {plan[0].length}; give -c {length}")
+    if n_chunks < len(plan):
+        raise OptionError(
+            f"{path}: holds {n_chunks} chunks, the text has {len(plan)}; give the same text, or --chunks {n_chunks}"
+        )
+    planned = np.array(ids[: len(plan) * length]).reshape(-1, length)
+    differs = np.flatnonzero(planned != saved.token_ids[: len(plan)])
+    if len(differs):
+        raise OptionError(
+            f"{path}: is of another text or tokenizer: token {differs[0]} of its text is "
+            f"{saved.token_ids.flat[differs[0]]}, of this one {planned.flat[differs[0]]}"
+        )
+
+
 def _check_finite(values: np.ndarray, model: Model, position: int) -> None:
     if not np.isfinite(values).all():
         where = position + int(np.flatnonzero(~np.isfinite(values))[0])
@@ -199,7 +230,3 @@ def _check_finite(values: np.ndarray, model: Model, position: int) -> None:
             f"{model.checkpoint.path}: the logits after token {where} are not finite numbers; "
             "the weights are damaged, fetch the file again"
         )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,12 +14,26 @@ from edge_moe.latent_cache import LatentCache
 PREFILL_CHUNK = 512  # tokens per pass of a prompt: enough to reuse each expert's weights, little enough scratch
 
 
+class Cache(Protocol):
+    """What generation needs of the memory of the tokens seen; `LatentCache` says what each part means."""
+
+    context_length: int
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def free(self) -> int: ...
+
+    def truncate(self, length: int) -> None: ...
+
+
 class LanguageModel(Protocol):
-    """What generation needs of a model pass."""
+    """What generation needs of a model pass; the cache is one of its own kind."""
 
     config: ModelConfig
 
-    def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray: ...
+    def forward(self, token_ids: np.ndarray, cache: Any, *, all_logits: bool = False) -> np.ndarray: ...
 
 
 class TokenSampler(Protocol):
@@ -53,9 +67,9 @@ class GenerationStats:
 class Session:
     """One conversation: a latent cache and the token ids it holds. Not for use by two threads at once."""
 
-    def __init__(self, model: LanguageModel, context_length: int) -> None:
+    def __init__(self, model: LanguageModel, context_length: int, cache: Cache | None = None) -> None:
         self.model = model
-        self.cache = LatentCache(model.config, context_length)
+        self.cache = LatentCache(model.config, context_length) if cache is None else cache
         self.token_ids: list[int] = []
         self.stats = GenerationStats()
 

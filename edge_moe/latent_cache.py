@@ -1,61 +1,146 @@
-"""The compressed cache: one latent and one rope key per token and layer, in bf16."""
+"""The compressed cache: one latent and one rope key per token and layer, in bf16, 8 bits or f32."""
+
+from typing import Any
 
 import numpy as np
 
-from edge_moe.config import ModelConfig
-from edge_moe.errors import OptionError
-from edge_moe.kernels.elementwise import store_bf16
+from edge_moe.config import KV_KINDS, ModelConfig
+from edge_moe.errors import OptionError, ShapeError
+from edge_moe.kernels import attention
+from edge_moe.kernels.attention import Step
+from edge_moe.kernels.launch import compiled_address, launch
 
 
-def latent_cache_bytes(config: ModelConfig, context_length: int) -> int:
-    """Bytes of a cache for `context_length` tokens."""
-    return config.num_hidden_layers * context_length * config.latent_dim * 2
+def latent_cache_bytes(config: ModelConfig, context_length: int, kind: str = KV_KINDS[0]) -> int:
+    """Bytes of a cache for `context_length` tokens. Raises OptionError for a kind that there is not."""
+    layer_bytes = attention.layer_bytes(
+        attention.FORMATS[check_kind(kind)], context_length, config.kv_lora_rank, config.qk_rope_head_dim
+    )
+    return config.num_hidden_layers * layer_bytes
+
+
+def check_kind(kind: str) -> str:
+    """The kind itself. Raises OptionError for one that there is not."""
+    if kind not in KV_KINDS:
+        raise OptionError(f"--kv {kind}: expected one of {', '.join(KV_KINDS)}")
+    return kind
 
 
 class LatentCache:
     """Latents of the tokens seen so far. Pages are taken from the system as the context grows.
 
-    `rows[layer]` is u16[S,R+P]: bf16 bits of the normed latent, then of the rotated rope key.
+    `kind` says how they are kept: "bf16" (2 bytes a number), "int8" (latents in 8 bits with a scale for each token and
+    128 dims, rope keys in bf16) or "f32", which loses nothing.
     """
 
-    def __init__(self, config: ModelConfig, context_length: int) -> None:
+    def __init__(self, config: ModelConfig, context_length: int, kind: str = KV_KINDS[0]) -> None:
         if not 1 <= context_length <= config.max_position_embeddings:
             raise OptionError(
                 f"context length {context_length}: the model takes 1 to {config.max_position_embeddings} tokens"
             )
+        self.kind = check_kind(kind)
         self.context_length = context_length
-        self.length = 0
+        self._format = attention.FORMATS[kind]
+        self._shape = config.kv_lora_rank, config.qk_rope_head_dim
+        self._length = np.zeros(1, np.int64)
+        self._n_bytes = latent_cache_bytes(config, context_length, kind)
+        self._layer_bytes = self._n_bytes // config.num_hidden_layers
         # np.zeros leaves the pages to the system until they are written
-        self.rows = np.zeros((config.num_hidden_layers, context_length, config.latent_dim), np.uint16)
-        self._rank = config.kv_lora_rank
+        self._memory = np.zeros(self._n_bytes + 63, np.uint8)
+        self._scratch = np.empty(0, np.uint8)  # of `attend`; kept, since new pages would cost more time
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return int(self._length[0])
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the whole cache, used or not."""
-        return self.rows.nbytes
+        return self._n_bytes
 
     @property
     def free(self) -> int:
         """Tokens that still fit."""
         return self.context_length - self.length
 
-    def write(self, layer: int, c_kv: np.ndarray, k_pe: np.ndarray) -> np.ndarray:
-        """Store c_kv f32[T,R] and k_pe f32[T,P] behind the tokens seen; returns the layer's rows u16[length+T,R+P].
+    def attention_scratch(self, n_tokens: int, n_heads: int) -> np.ndarray:
+        """Memory u8[] for the steps of n_tokens at once; one serves all layers, run one after the other."""
+        n_bytes = attention.scratch_bytes(n_tokens, n_heads, *self._shape, self.context_length)
+        return np.empty(n_bytes, np.uint8)
 
-        The tokens count as seen once `advance` is called, after the last layer.
+    def attention_steps(
+        self,
+        layer: int,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        out: np.ndarray,
+        scratch: np.ndarray,
+        scale: float,
+    ) -> list[Step]:
+        """Steps that store T new tokens behind those seen, and attend each to all up to itself: to be run in order.
+
+        q_latent f32[T,H,R] (absorbed queries), q_pe f32[T,H,P], c_kv f32[T,R], k_pe f32[T,P] and out f32[T,H,R] are
+        read and written when the steps are run, at the addresses they have now; any strides, but the last axis must be
+        contiguous. `scratch` is that of `attention_scratch` for T tokens or more. `scale` is the softmax's. The caller
+        keeps all of them and the cache alive.
+
+        The steps read the cache's length when they are run. So they can be run again for the next token as soon as
+        `advance` has counted the last one (after all layers), with each plan's field 0 set to 0 before each run. At
+        most context_length - T tokens may be in the cache then; nothing checks it. A step's n_units and operations
+        are those of a full cache.
+
+        Raises ShapeError for arrays that do not fit together or to the model.
         """
-        end = self.length + c_kv.shape[0]
-        new = self.rows[layer, self.length : end]
-        store_bf16(c_kv, new[:, : self._rank])
-        store_bf16(k_pe, new[:, self._rank :])
-        return self.rows[layer, :end]
+        return self._steps(layer, self.context_length, q_latent, q_pe, c_kv, k_pe, out, scratch, scale)
+
+    def _steps(self, layer: int, end: int, *arrays_and_scale: Any) -> list[Step]:
+        """The steps in a context of `end` tokens."""
+        q_latent, q_pe = arrays_and_scale[:2]
+        if (q_latent.shape[-1], q_pe.shape[-1]) != self._shape:
+            found = q_latent.shape[-1], q_pe.shape[-1]
+            raise ShapeError(
+                f"queries of {found[0]} + {found[1]} dims for a cache of {self._shape[0]} + {self._shape[1]}"
+            )
+        address = ((self._memory.ctypes.data + 63) & ~63) + layer * self._layer_bytes
+        return attention.attention_steps(self._format, address, self._length.ctypes.data, end, *arrays_and_scale)
+
+    def attend(
+        self,
+        layer: int,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        scale: float,
+        n_threads: int,
+    ) -> np.ndarray:
+        """Run the steps of `attention_steps` at once. All arrays f32 -> f32[T,H,R], the weighted sums of latents.
+
+        Raises ShapeError for arrays that do not fit together or into the cache.
+        """
+        n_tokens, n_heads = q_latent.shape[:2]
+        if n_tokens > self.free:
+            raise ShapeError(f"{n_tokens} tokens for a cache with room for {self.free}")
+        arrays = [array if array.strides[-1] == 4 else array.copy() for array in (q_latent, q_pe, c_kv, k_pe)]
+        out = np.empty(q_latent.shape, np.float32)
+        end = self.length + n_tokens
+        n_bytes = attention.scratch_bytes(n_tokens, n_heads, *self._shape, end)
+        if self._scratch.size < n_bytes:
+            self._scratch = np.empty(n_bytes, np.uint8)
+        for step in self._steps(layer, end, *arrays, out, self._scratch, scale):
+            code = compiled_address(step.function, step.fmt)
+            launch(code, step.plan.ctypes.data, step.n_units, step.operations, n_threads)
+        return out
 
     def advance(self, n_tokens: int) -> None:
-        """Count `n_tokens` that every layer has written."""
-        self.length += n_tokens
+        """Count `n_tokens` that every layer has stored."""
+        self._length[0] += n_tokens
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot cut the cache to {length} tokens: it holds {self.length}")
-        self.length = length
+        self._length[0] = length

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edge_moe.config import ModelConfig
+from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.latent_cache import latent_cache_bytes
 from edge_moe.models.deepseek2 import MLP, Attention, LowRankQuery, Weights
 from edge_moe.weights import Weight
@@ -39,10 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a context of `context_length` tokens needs beside the file's own pages."""
+    """Bytes that a context of `context_length` tokens needs beside the file's own pages.
+
+    `cache_bytes` is the default latent cache, `cache_bytes_by_kind` that of each kind there is.
+    """
 
     context_length: int
     cache_bytes: int
+    cache_bytes_by_kind: dict[str, int]
     scratch_bytes: int
 
 
@@ -75,9 +79,11 @@ def active_weights(config: ModelConfig, model_parts: list[Part]) -> tuple[int, i
 
 def memory(config: ModelConfig, context_length: int, chunk_size: int) -> Memory:
     """Memory of a context, when prompts are read in chunks of `chunk_size` tokens."""
+    cache_bytes = {kind: latent_cache_bytes(config, context_length, kind) for kind in KV_KINDS}
     return Memory(
         context_length,
-        latent_cache_bytes(config, context_length),
+        cache_bytes[KV_KINDS[0]],
+        cache_bytes,
         scratch_bytes(config, min(chunk_size, context_length)),
     )
 
@@ -96,8 +102,8 @@ def scratch_bytes(config: ModelConfig, n_tokens: int) -> int:
     c = config
     heads, rank = c.num_attention_heads, c.kv_lora_rank
     attention = heads * c.qk_head_dim + 2 * c.latent_dim
-    attention += heads * (rank + c.latent_dim)  # absorbed queries, and they with their rope part
-    attention += 2 * heads * rank  # contexts, in parts and merged
+    attention += heads * (rank + c.latent_dim)  # absorbed queries, and they with their rope part for the cache
+    attention += 2 * heads * rank  # contexts, before they are divided and after
     widest = attention
     if c.first_k_dense_replace:
         widest = max(widest, 3 * c.intermediate_size)  # gate, up and their product

@@ -1,5 +1,7 @@
 """Print the assembly of a format's product for a CPU that need not be this one: FORMAT TRIPLE CPU FEATURE,FEATURE...
 
+With the name of a kind of latent cache in place of a block format, it is that of attention.
+
 Run as a script, in a process of its own: the vector code is told of another target before it is imported.
 """
 
@@ -17,6 +19,7 @@ import edge_moe.kernels.target as target
 
 def main(format_name, triple, cpu, features):
     target.TARGET = target.target_of(triple, set(features))
+    from edge_moe.kernels.attention import FORMATS, attend_units
     from edge_moe.kernels.blocks import TAGS
     from edge_moe.kernels.product_units import product_units
 
@@ -24,8 +27,11 @@ def main(format_name, triple, cpu, features):
     # Machine code for another CPU is neither made nor entered by numba; any builtin function will do for the entry.
     JITCodeLibrary._finalize_specific = lambda self: modules.append(str(self._final_module))
     CPUContext.get_executable = lambda *args: [].append
-    product_units._cache = NullCache()
-    product_units.compile((TAGS[format_name], types.int64))
+    kernel, tag = product_units, TAGS.get(format_name)
+    if tag is None:  # the name of a kind of latent cache
+        kernel, tag = attend_units, FORMATS[format_name]
+    kernel._cache = NullCache()
+    kernel.compile((tag, types.int64))
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(

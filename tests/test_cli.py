@@ -19,6 +19,7 @@ from edge_moe import plan
 from edge_moe.cli import main, report
 from edge_moe.cli.answer import stream
 from edge_moe.cli.chat import without_leading_space
+from edge_moe.latent_cache import LatentCache
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "v2_lite.gguf")  # random weights, 256 tokens of context, 112 tokens of vocabulary
@@ -230,6 +231,30 @@ def test_run_with_the_chat_template(capsys):
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(plain)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "int8", "f32"])
+def test_every_command_takes_the_kind_of_cache(monkeypatch, capsys, text_file, kv):
+    kinds = []
+
+    def new_cache(config, context_length, kind):
+        kinds.append(kind)
+        return LatentCache(config, context_length, kind)
+
+    monkeypatch.setattr("edge_moe.api.LatentCache", new_cache)
+    commands = ["run", MODEL, "hi", "-n", "2"], ["bench", MODEL, "-p4"], ["eval", MODEL, "-c16", "--text", text_file]
+    for command in commands:
+        assert main([*command, "--kv", kv, "--json"]) == 0
+    assert chat(monkeypatch, capsys, "hello\n", "--kv", kv)[0] == 0
+    assert len(kinds) >= 4
+    assert set(kinds) == {kv}
+
+
+def test_a_wrong_kind_of_cache(capsys):
+    assert main(["run", MODEL, "hello", "--kv", "q4"]) == 2
+    assert "--kv" in capsys.readouterr().err
+    with pytest.raises(edge_moe.OptionError, match="--kv q4: expected one of bf16, int8, f32"):
+        edge_moe.load(MODEL, kv="q4")
+
+
 def test_answers_begin_with_a_word():
     assert list(without_leading_space([" ", "\n Hel", "lo", " ", "you"])) == ["Hel", "lo", " ", "you"]
 
@@ -254,8 +279,10 @@ def test_info_json(capsys):
         "output head",
     ]
     assert sum(part["bytes"] for part in document["parts"]) == sum(document["formats"].values())
-    # two layers, 256 positions, 32 + 8 values in bf16
-    assert document["memory"][0]["cache_bytes"] == 2 * 256 * 40 * 2
+    # two layers, 256 positions, 32 + 8 values, filled up to 48 in bf16; as bytes, with a scale and 8 in bf16 in int8
+    assert document["memory"][0]["cache_bytes"] == 2 * 256 * 48 * 2
+    by_kind = {"bf16": 2 * 256 * 48 * 2, "int8": 2 * 256 * (32 + 2 * 8 + 4), "f32": 2 * 256 * 48 * 4}
+    assert document["memory"][0]["cache_bytes_by_kind"] == by_kind
     assert document["tokenizer"] == {
         "kind": "gpt2",
         "pre_tokenizer": "gpt-2",
@@ -369,13 +396,40 @@ def test_eval_text_report(capsys, text_file):
     names = [line.split("  ")[0] for line in out.splitlines()]
     assert names == [
         "tokens scored",
+        "surprise",
         "perplexity",
         "bits per byte",
+        "perplexity of the reference",
+        "ratio of the perplexities",
         "KL divergence, mean",
+        "KL divergence, median",
         "KL divergence, 99 %",
         "KL divergence, 99.9 %",
+        "KL divergence, maximum",
         "same likeliest token",
+        "change of probability, RMS",
+        "change of probability, mean",
     ]
+
+
+def test_eval_against_saved_logits(capsys, text_file, tmp_path):
+    saved = str(tmp_path / "base.kld")
+    other = str(GOLDEN / "v3_lite.gguf")
+    assert main(["eval", other, "--text", text_file, "-c", "64", "--save-logits", saved]) == 0
+    capsys.readouterr()
+    reports = []
+    for reference in (["--reference", other, "-c", "64"], ["--reference-logits", saved]):
+        assert main(["eval", MODEL, "--text", text_file, *reference, "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    live, from_file = reports
+    assert (from_file["context_length"], from_file["stride"]) == (64, None)
+    assert from_file["nats"] == live["nats"]
+    assert from_file["nats"] / np.log(2) / from_file["scored_bytes"] == pytest.approx(from_file["bits_per_byte"])
+    assert from_file["kld_mean"] == pytest.approx(live["kld_mean"], rel=1e-3)
+    assert from_file["kld_mean_stderr"] == pytest.approx(live["kld_mean_stderr"], rel=1e-2)
+    chunk = ["--chunks", "1", "--reference-logits", saved, "--json"]
+    assert main(["eval", MODEL, "--text", text_file, *chunk]) == 0
+    assert json.loads(capsys.readouterr().out)["windows"] == 1
 
 
 # ---- the process ----

@@ -59,6 +59,21 @@ def test_engine_equals_transformers(name, way):
     assert distance(logits, ReferenceModel.from_gguf(path, bf16_latents=True).logits(ids)) < 2e-4
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_with_an_exact_cache_equals_transformers(name, way):
+    path, ids, expected = load_golden(name)
+    assert distance(forward(edge_moe.load(path, kv="f32"), ids, WAYS[way]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_with_a_cache_of_8_bits(name):
+    path, ids, expected = load_golden(name)
+    for sizes in WAYS.values():
+        logits = forward(edge_moe.load(path, kv="int8"), ids, sizes)
+        assert np.sqrt(np.mean((logits - expected) ** 2)) / np.ptp(expected) < 1e-3
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_last_logits_are_those_of_the_pass(name):
     path, ids, _ = load_golden(name)

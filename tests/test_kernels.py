@@ -1,11 +1,9 @@
-"""Attention, routing and elementwise kernels against slow numpy twins."""
+"""Routing and elementwise kernels against slow numpy twins."""
 
-import numba
 import numpy as np
 import pytest
 
 from edge_moe.kernels import elementwise, routing
-from edge_moe.kernels.attention import latent_attention
 
 
 @pytest.fixture
@@ -131,48 +129,3 @@ def test_group_by_expert(rng):
             m = positions[t, k]
             assert rows[m] == t
             assert active[np.searchsorted(offsets, m, side="right") - 1] == ids[t, k]
-
-
-def slow_attention(query, cache_values, start, rank, scale):
-    """Softmax over all visible positions at once, in f64."""
-    out = np.empty((*query.shape[:2], rank))
-    for t in range(query.shape[0]):
-        seen = cache_values[: start + t + 1].astype(np.float64)
-        for h in range(query.shape[1]):
-            scores = seen @ query[t, h].astype(np.float64) * scale
-            p = np.exp(scores - scores.max())
-            out[t, h] = (p / p.sum()) @ seen[:, :rank]
-    return out
-
-
-@pytest.mark.parametrize(("n_tokens", "start"), [(1, 0), (1, 5), (1, 700), (3, 253), (8, 0), (19, 33), (12, 300)])
-def test_latent_attention(rng, n_tokens, start):
-    rank, rope, n_heads = 48, 16, 3
-    values = rng.standard_normal((start + n_tokens, rank + rope)).astype(np.float32)
-    cache = np.zeros(values.shape, np.uint16)
-    elementwise.store_bf16(values, cache)
-    query = rng.standard_normal((n_tokens, n_heads, rank + rope)).astype(np.float32)
-    expected = slow_attention(query, bf16_values(values), start, rank, 0.3)
-    got = latent_attention(query, cache, start, rank, np.float32(0.3))
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
-
-
-def test_latent_attention_with_sharp_scores(rng):
-    """Scores hundreds apart: the running maximum must rescale what came before."""
-    values = rng.standard_normal((600, 40)).astype(np.float32) * np.linspace(1, 40, 600, dtype=np.float32)[:, None]
-    cache = np.zeros(values.shape, np.uint16)
-    elementwise.store_bf16(values, cache)
-    query = rng.standard_normal((1, 2, 40)).astype(np.float32)
-    expected = slow_attention(query, bf16_values(values), 599, 32, 1.0)
-    np.testing.assert_allclose(latent_attention(query, cache, 599, 32, np.float32(1)), expected, rtol=1e-4, atol=1e-3)
-
-
-def test_attention_does_not_depend_on_threads(rng):
-    cache = np.zeros((900, 64), np.uint16)
-    elementwise.store_bf16(rng.standard_normal((900, 64)).astype(np.float32), cache)
-    results = []
-    for n_threads in (1, numba.config.NUMBA_NUM_THREADS):
-        elementwise.set_threads(n_threads)
-        query = np.random.default_rng(1).standard_normal((2, 4, 64)).astype(np.float32)
-        results.append(latent_attention(query, cache, 898, 48, np.float32(0.2)))
-    np.testing.assert_array_equal(results[0], results[1])

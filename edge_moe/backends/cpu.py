@@ -4,10 +4,13 @@ Every operation takes and gives float32 numpy arrays, and weights as they lie in
 before a kernel sees them, so that each kernel is compiled for one memory layout only.
 """
 
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
 import numpy as np
 
+from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.kernels import elementwise, products, routing
-from edge_moe.kernels.attention import latent_attention
 from edge_moe.latent_cache import LatentCache
 from edge_moe.weights import Weight
 
@@ -17,10 +20,33 @@ class CpuBackend:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._programs: WeakKeyDictionary[LatentCache, Program] = WeakKeyDictionary()
 
-    def begin(self) -> None:
-        """Called at the start of each pass: numba keeps the number of threads per calling thread."""
-        elementwise.set_threads(self.threads)
+    def run(
+        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: LatentCache, all_logits: bool
+    ) -> np.ndarray:
+        """Run a model pass `compute(operations, token_ids, cache, all_logits)`.
+
+        Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
+        """
+        elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
+        if len(token_ids) > 1:
+            return compute(self, token_ids, cache, all_logits)
+        program = self._programs.get(cache)
+        if program is None:
+            program = self._programs[cache] = Program(compute, cache)
+        return program.run(int(token_ids[0]), cache.length, self.threads)
+
+    def rotations(
+        self, cache: LatentCache, n_tokens: int, inv_freq: np.ndarray, factor: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin f32[T,P/2] of the next positions, times `factor`; angles in f64. inv_freq f64[P/2]."""
+        angles = np.arange(cache.length, cache.length + n_tokens)[:, None] * inv_freq
+        return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a + b, both f32[T,D]."""
+        return a + b
 
     def embed(self, weight: Weight, token_ids: np.ndarray) -> np.ndarray:
         """Rows of the embedding matrix. token_ids i64[T] -> f32[T,D]."""
@@ -72,9 +98,7 @@ class CpuBackend:
 
         q_latent f32[T,H,R], q_pe f32[T,H,P], c_kv f32[T,R], k_pe f32[T,P] -> f32[T,H,R], latents weighted by softmax.
         """
-        rows = cache.write(layer, c_kv, k_pe)
-        query = np.concatenate([q_latent, q_pe], axis=-1)
-        return latent_attention(query, rows, cache.length, q_latent.shape[-1], np.float32(scale))
+        return cache.attend(layer, q_latent, q_pe, c_kv, k_pe, scale, self.threads)
 
     def route(
         self,
@@ -118,3 +142,6 @@ class CpuBackend:
             gate_out, up_out = product(x, rows, gate)[0], product(x, rows, up)[0]
         gated = elementwise.silu_multiply(gate_out, up_out)
         return elementwise.weighted_sum(product(gated, np.arange(len(rows)), down)[0], positions, weights)
+
+
+Operations = CpuBackend | Recorder

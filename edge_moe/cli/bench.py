@@ -11,6 +11,7 @@ from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     MAX_TOKENS,
     Parser,
+    add_kv_option,
     add_threads_option,
     check_model_path,
     number_list,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edge_moe.api import Model
-    from edge_moe.latent_cache import LatentCache
+    from edge_moe.generate import Cache
 
 _DESCRIPTION = """\
 Measure a model's speed in tokens per second, as llama-bench does: random tokens, one warm-up, the median of the runs.
@@ -97,6 +98,7 @@ def parser(prog: str) -> Parser:
         help="tokens of context before the test (default 0)",
     )
     add("-r", "--repetitions", metavar="N", type=whole_number(1, 1000), default=3, help="runs of each test (default 3)")
+    add_kv_option(parser)
     add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON list")
     return parser
@@ -109,7 +111,7 @@ def execute(args: argparse.Namespace) -> int:
         raise OptionError("nothing to measure: -p and -n are both 0")
     with Display() as display:
         started = time.perf_counter()
-        model = load_model(path, display, threads=args.threads)
+        model = load_model(path, display, threads=args.threads, kv=args.kv)
         load_s = time.perf_counter() - started
         tests = measure(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions, display)
     if args.json:
@@ -162,7 +164,7 @@ def measure(
     return tests
 
 
-def _prefill(model: "Model", ids: "np.ndarray", cache: "LatentCache") -> "np.ndarray":
+def _prefill(model: "Model", ids: "np.ndarray", cache: "Cache") -> "np.ndarray":
     """Feed tokens in the chunks of generation; returns the logits f32[1,vocab] after the last one."""
     import numpy as np
 
@@ -174,7 +176,7 @@ def _prefill(model: "Model", ids: "np.ndarray", cache: "LatentCache") -> "np.nda
     return logits
 
 
-def _time_prompt(model: "Model", ids: "np.ndarray", cache: "LatentCache", test: Test) -> None:
+def _time_prompt(model: "Model", ids: "np.ndarray", cache: "Cache", test: Test) -> None:
     started = time.perf_counter()
     logits = _prefill(model, ids, cache)
     test.seconds.append(time.perf_counter() - started)
@@ -182,7 +184,7 @@ def _time_prompt(model: "Model", ids: "np.ndarray", cache: "LatentCache", test: 
     test.first_token_s.append(time.perf_counter() - started)
 
 
-def _time_generation(model: "Model", ids: "np.ndarray", cache: "LatentCache", test: Test) -> None:
+def _time_generation(model: "Model", ids: "np.ndarray", cache: "Cache", test: Test) -> None:
     started = time.perf_counter()
     for index in range(len(ids)):
         model.forward(ids[index : index + 1], cache)

@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
     path = check_model_path(args.model) if args.model is not None else None
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size)
+        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv)
         conversation = Conversation(model, args.system)
         print_dim(f"{model.config.name}: {_COMMANDS}")
         if not model.tokenizer.chat_template:

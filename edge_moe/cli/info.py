@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_moe.cli.options import MAX_TOKENS, Parser, check_model_path, whole_number
 from edge_moe.cli.report import format_bytes, print_facts, print_table, write_json
+from edge_moe.config import KV_KINDS
 from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def parser(prog: str) -> Parser:
 
 def execute(args: argparse.Namespace) -> int:
     """Open the file, without reading its weights, and print what is in it."""
-    path = check_model_path(args.model)
+    path = check_model_path(args.model, may_be_folder=False)
     from edge_moe.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -172,11 +173,11 @@ def _print(document: dict[str, Any]) -> None:
     sys.stdout.write("\n")
     print_table(
         "Memory",
-        ["context", "latent cache", "scratch", "file (when all of it was used)"],
+        ["context", *(f"cache, {kind}" for kind in KV_KINDS), "scratch", "file (when all of it was used)"],
         [
             [
                 f"{row['context_length']}",
-                format_bytes(row["cache_bytes"]),
+                *(format_bytes(row["cache_bytes_by_kind"][kind]) for kind in KV_KINDS),
                 format_bytes(row["scratch_bytes"]),
                 format_bytes(row["file_bytes"]),
             ]

@@ -4,13 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_moe.cli.report import Display
+from edge_moe.config import KV_KINDS
 
 if TYPE_CHECKING:
     from edge_moe.api import Model
 
 
 def load_model(
-    path: Path | None, display: Display, *, threads: int | None, context_length: int | None = None
+    path: Path | None,
+    display: Display,
+    *,
+    threads: int | None,
+    context_length: int | None = None,
+    kv: str = KV_KINDS[0],
 ) -> "Model":
     """Load a model (None: the embedded one).
 
@@ -19,9 +25,10 @@ def load_model(
     checkpoint = None
     if path is not None:
         from edge_moe.checkpoint import open_checkpoint
+        from edge_moe.onnx_folder import OnnxFolder
 
-        checkpoint = open_checkpoint(path)
+        checkpoint = OnnxFolder(path) if path.is_dir() else open_checkpoint(path)
     from edge_moe.api import load
 
     display.watch_compilation()
-    return load(checkpoint, threads=threads, context_length=context_length)
+    return load(checkpoint, threads=threads, context_length=context_length, kv=kv)

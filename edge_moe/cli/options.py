@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edge_moe.config import KV_KINDS
 from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
@@ -81,12 +82,24 @@ def number_list(low: int, high: int) -> Callable[[str], list[int]]:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, context: str) -> None:
-    """Options of how a model is held: context length (with the text for its default) and threads."""
+    """Options of how a model is held: context length (with the text for its default), latent cache and threads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-c", "--ctx-size", metavar="N", type=whole_number(1, MAX_TOKENS), help=f"tokens of context ({context})"
     )
+    add_kv_option(group)
     add_threads_option(group)
+
+
+def add_kv_option(parser: argparse._ActionsContainer) -> None:
+    """--kv, how the latent cache keeps its numbers."""
+    parser.add_argument(
+        "--kv",
+        choices=KV_KINDS,
+        default=KV_KINDS[0],
+        help="numbers of the latent cache (default bf16); int8 takes little more than half of that and is faster, "
+        "f32 is exact",
+    )
 
 
 def add_threads_option(parser: argparse._ActionsContainer) -> None:
@@ -160,15 +173,15 @@ def sampling_options(args: argparse.Namespace) -> "SamplingOptions":
 
 
 def is_model_path(word: str) -> bool:
-    """Whether a word names a model file rather than being a prompt."""
+    """Whether a word names a model file, or a folder with an ONNX model, rather than being a prompt."""
     try:
-        return word.endswith(".gguf") or Path(word).is_file()
+        return word.endswith(".gguf") or Path(word).is_file() or _is_onnx_folder(Path(word))
     except (OSError, ValueError):  # too long for a file name, or not a possible one
         return False
 
 
-def check_model_path(path: str) -> Path:
-    """The path of a readable file.
+def check_model_path(path: str, *, may_be_folder: bool = True) -> Path:
+    """The path of a readable file, or of a folder with an ONNX model.
 
     Raises OptionError, before any slow import, when there is no such file.
     """
@@ -178,11 +191,21 @@ def check_model_path(path: str) -> Path:
         raise OptionError(f"{path}: cannot open the model file: {error.strerror or error}") from None
     except ValueError:
         raise OptionError(f"{_shown(path)} is no file name") from None
+    if may_be_folder and _is_onnx_folder(Path(path)):
+        return Path(path)
     if not stat.S_ISREG(mode):
         raise OptionError(f"{path}: is not a file; give the model's .gguf file itself")
     if not os.access(path, os.R_OK):
         raise OptionError(f"{path}: cannot open the model file: permission denied")
     return Path(path)
+
+
+def _is_onnx_folder(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    from edge_moe.onnx_folder import is_onnx_folder
+
+    return is_onnx_folder(path)
 
 
 def read_text(path: str) -> str:

@@ -36,7 +36,12 @@ examples:
 def parser(prog: str) -> Parser:
     """The options of `run`."""
     parser = Parser(prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} [MODEL] [PROMPT] [options]")
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a .gguf file (default: the embedded model)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a .gguf file, or an exported ONNX folder (default: the embedded model)",
+    )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to go on from")
     parser.add_argument("--chat", action="store_true", help="answer the prompt by the model's chat template")
     add_generation_options(parser, n_predict=256)
@@ -52,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     path, prompt = _model_and_prompt(args.model, args.prompt)
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size)
+        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv)
         ids: str | list[int] = prompt
         stop = args.stop
         if args.chat:

@@ -9,7 +9,7 @@ tokens are interleaved to a tile.
 from numba import types
 
 from edge_moe.kernels.dots import MAX_ACTIVATION
-from edge_moe.kernels.jit import inline_kernel, kernel
+from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,
     convert,
@@ -30,25 +30,25 @@ from edge_moe.kernels.tiles import TILE_TOKENS, interleave
 QUANTIZE_ROWS = 8
 
 
-@inline_kernel
+@both_sides
 def padded_columns(n_cols):
     """Columns of a record: a multiple of 64."""
     return (n_cols + 63) & ~63
 
 
-@inline_kernel
+@both_sides
 def scales_offset(n_cols):
     """Where in a record the scales start, in bytes."""
     return padded_columns(n_cols)
 
 
-@inline_kernel
+@both_sides
 def sums_offset(n_cols, group):
     """Where in a record the sums start, in bytes."""
     return padded_columns(n_cols) + padded_columns(n_cols) // group * 4
 
 
-@inline_kernel
+@both_sides
 def record_bytes(n_cols, group):
     """Bytes from one token's record to the next, a multiple of 64."""
     return (sums_offset(n_cols, group) + padded_columns(n_cols) // 8 + 63) & ~63

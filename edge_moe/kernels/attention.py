@@ -1,100 +1,225 @@
-"""Attention of queries to the compressed latent cache, in absorbed form: the latent is both key and value."""
+"""Attention of a few tokens to the latent cache, in absorbed form: the latent is both key and value.
+
+Three steps on plans (see launch.py): `prepare_units` stores the new latents and brings the queries into the form that
+is multiplied, `attend_units` gives each part of the context a partial softmax, `merge_units` joins the parts. Their
+plans stay valid from token to token: the number of tokens that the cache holds is read by its address.
+
+Heads are taken HEADS at a time, a tile, which share each load of the cache. Scores are in powers of 2, so that the
+scale of the softmax holds a factor log2(e). Every sum has an order that depends on positions alone, so that results do
+not depend on the number of threads.
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; online softmax, arXiv 1805.02867.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
+from numba import types
 
-from edge_moe.kernels.elementwise import from_bf16
-from edge_moe.kernels.jit import inline_kernel, parallel_kernel
+from edge_moe.errors import ShapeError
+from edge_moe.kernels import attention_codes, attention_rows
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM, context_bytes
+from edge_moe.kernels.attention_tiles import HEADS
+from edge_moe.kernels.blocks import TAGS, FormatTag
+from edge_moe.kernels.jit import inline_kernel, kernel
+from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 
-_TILE = 16  # cached rows widened to f32 at a time: 16 x 576 values stay in the second-level cache
-_FEW_TOKENS = 8  # from here on there are tokens enough to occupy the threads without splitting the positions
-_SPLIT = 256  # positions per task when few tokens are attended: fixed, so that thread count changes no sum
+# How latents are kept, by name.
+FORMATS: dict[str, FormatTag] = {"bf16": TAGS["BF16"], "int8": attention_codes.INT8, "f32": TAGS["F32"]}
+FEW_TOKENS = 8  # from here on there are tokens enough to occupy the threads without splitting the context
+
+# A plan is int64[N_FIELDS]; the same for all three kernels. Strides are bytes; the scale is given by its f64 bits.
+COUNTER, N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE, SCALE, PART_TOKENS = range(9)
+C_KV, C_KV_STRIDE, K_PE, K_PE_STRIDE = range(9, 13)
+Q_LATENT, Q_LATENT_STRIDE, Q_LATENT_HEAD, Q_PE, Q_PE_STRIDE, Q_PE_HEAD = range(13, 19)
+OUT, OUT_STRIDE, OUT_HEAD, QUERIES, QUERY_BYTES, PARTS, PART_BYTES = range(19, 26)
+N_FIELDS = 26
+
+SCRATCH_BYTES = 512 + CHUNK_TOKENS * 4 * (1 + HEADS + 2 * HEADS)  # of a thread: steps, scores, weights
 
 
-@inline_kernel
-def _attend(query, cache, begin, end, scale, running_max, running_sum, context, tile, scores):
-    """Online softmax of one token's heads over cache[begin:end]. query f32[H,L], context f32[H,R] (not yet divided)."""
-    n_heads, latent_dim = query.shape
-    rank = context.shape[1]
-    running_max[:] = -np.inf
-    running_sum[:] = 0
-    context[:] = 0
-    tile[:] = 0
-    for first in range(begin, end, _TILE):
-        n = min(_TILE, end - first)
-        for j in range(n):
-            for i in range(latent_dim):
-                tile[j, i] = from_bf16(cache[first + j, i])
-        for h in range(n_heads):
-            top = running_max[h]
-            for j in range(n):
-                score = np.float32(0.0)
-                for i in range(latent_dim):
-                    score += query[h, i] * tile[j, i]
-                scores[j] = score * scale
-                top = max(top, scores[j])
-            if top > running_max[h]:
-                shrink = np.exp(running_max[h] - top)
-                running_max[h] = top
-                running_sum[h] *= shrink
-                for i in range(rank):
-                    context[h, i] *= shrink
-            for j in range(n):
-                scores[j] = np.exp(scores[j] - top)
-                running_sum[h] += scores[j]
-            for j in range(n, _TILE):  # rows beyond the end weigh nothing
-                scores[j] = 0
-            for j in range(0, n, 4):  # four rows at once: one load and store of the context for four products
-                p0, p1, p2, p3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-                for i in range(rank):
-                    context[h, i] += (p0 * tile[j, i] + p1 * tile[j + 1, i]) + (
-                        p2 * tile[j + 2, i] + p3 * tile[j + 3, i]
-                    )
+class Step(NamedTuple):
+    """A kernel with its plan i64[], for `launch`: at most n_units units, of so many multiplications in all."""
+
+    function: Callable[..., Any]
+    fmt: FormatTag
+    plan: np.ndarray
+    n_units: int
+    operations: int
 
 
 @inline_kernel
-def _merge(maxima, sums, contexts, out):
-    """Join the parts of one token, in order: maxima and sums f32[C,H], contexts f32[C,H,R] -> out f32[H,R]."""
-    for h in range(out.shape[0]):
-        top = maxima[:, h].max()
-        total = np.float32(0.0)
-        out[h] = 0
-        for c in range(maxima.shape[0]):
-            weight = np.exp(maxima[c, h] - top)
-            total += weight * sums[c, h]
-            for i in range(out.shape[1]):
-                out[h, i] += weight * contexts[c, h, i]
-        for i in range(out.shape[1]):
-            out[h, i] /= total
+def _field(plan, i):
+    return load(types.int64, plan + 8 * i)
 
 
-@parallel_kernel
-def latent_attention(query, cache, start, rank, scale):
-    """Attend T tokens, the first at position `start`, to a latent cache that already holds them.
+@inline_kernel
+def _n_tiles(plan):
+    return (_field(plan, N_HEADS) + HEADS - 1) // HEADS
 
-    query f32[T,H,R+P] (absorbed query beside rope query), cache u16[S,R+P] (bf16 bits; S >= start+T) -> f32[T,H,R].
-    Token t sees positions 0 to start+t. Rows of the output are sums of latents weighted by the softmax.
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; online softmax, arXiv 1805.02867.
+
+@inline_kernel
+def _n_parts(plan, n_tokens):
+    """Parts of the context that the first n_tokens of the new tokens see."""
+    part_tokens = _field(plan, PART_TOKENS)
+    return (load(types.int64, _field(plan, LENGTH)) + n_tokens + part_tokens - 1) // part_tokens
+
+
+@kernel
+def prepare_units(fmt, plan):
+    """Store a token's latent and rope key in the cache, or make a tile of queries, as long as the plan has some."""
+    n_tokens, n_heads, n_tiles = _field(plan, N_TOKENS), _field(plan, N_HEADS), _n_tiles(plan)
+    rank, rope = _field(plan, RANK), _field(plan, ROPE)
+    while True:
+        unit = fetch_add(plan, 1)
+        if unit >= n_tokens * (1 + n_tiles):
+            return 0
+        if unit < n_tokens:
+            position = load(types.int64, _field(plan, LENGTH)) + unit
+            c_kv = _field(plan, C_KV) + unit * _field(plan, C_KV_STRIDE)
+            k_pe = _field(plan, K_PE) + unit * _field(plan, K_PE_STRIDE)
+            fmt.store_latent(_field(plan, CACHE), position, c_kv, k_pe, rank, rope)
+        else:
+            i = unit - n_tokens
+            t, head = i // n_tiles, i % n_tiles * HEADS
+            tile = _field(plan, QUERIES) + i * _field(plan, QUERY_BYTES)
+            latent_head, pe_head = _field(plan, Q_LATENT_HEAD), _field(plan, Q_PE_HEAD)
+            q_latent = _field(plan, Q_LATENT) + t * _field(plan, Q_LATENT_STRIDE) + head * latent_head
+            q_pe = _field(plan, Q_PE) + t * _field(plan, Q_PE_STRIDE) + head * pe_head
+            n, scale = min(HEADS, n_heads - head), types.float32(load(types.float64, plan + 8 * SCALE))
+            fmt.query_tile(tile, q_latent, latent_head, q_pe, pe_head, n, rank, rope, scale)
+
+
+@kernel
+def attend_units(fmt, plan):
+    """Attend one tile of heads of one token to one part of the context, as long as the plan has some.
+
+    A partial result holds the largest scores f32[16], the sums f32[16] and the contexts f32[HEADS][rank up to 16s].
     """
-    n_tokens, n_heads, latent_dim = query.shape
-    n_parts = 1 if n_tokens >= _FEW_TOKENS else (start + n_tokens + _SPLIT - 1) // _SPLIT
-    n_tasks = n_tokens * n_parts
-    maxima = np.empty((n_tasks, n_heads), np.float32)
-    sums = np.empty((n_tasks, n_heads), np.float32)
-    contexts = np.empty((n_tasks, n_heads, rank), np.float32)
-    for task in prange(n_tasks):
-        t = task // n_parts
-        part = task - t * n_parts
-        end = start + t + 1
-        begin = 0
-        if n_parts > 1:
-            begin = min(end, part * _SPLIT)
-            end = min(end, begin + _SPLIT)
-        tile = np.empty((_TILE, latent_dim), np.float32)
-        scores = np.empty(_TILE, np.float32)
-        _attend(query[t], cache, begin, end, scale, maxima[task], sums[task], contexts[task], tile, scores)
-    out = np.empty((n_tokens, n_heads, rank), np.float32)
-    for t in prange(n_tokens):
-        parts = slice(t * n_parts, (t + 1) * n_parts)
-        _merge(maxima[parts], sums[parts], contexts[parts], out[t])
-    return out
+    n_tokens, n_tiles, rank, rope = _field(plan, N_TOKENS), _n_tiles(plan), _field(plan, RANK), _field(plan, ROPE)
+    part_tokens, length = _field(plan, PART_TOKENS), load(types.int64, _field(plan, LENGTH))
+    n_parts = _n_parts(plan, n_tokens)
+    memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
+    scratch = (address_of(memory) + 63) & ~63
+    while True:
+        unit = fetch_add(plan, 1)
+        if unit >= n_tokens * n_parts * n_tiles:
+            return memory.size  # the memory must live until here
+        i, tile = unit // n_tiles, unit % n_tiles
+        t, begin = i // n_parts, i % n_parts * part_tokens
+        end = min(begin + part_tokens, length + t + 1)
+        query = _field(plan, QUERIES) + (t * n_tiles + tile) * _field(plan, QUERY_BYTES)
+        partial = _field(plan, PARTS) + unit * _field(plan, PART_BYTES)
+        store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
+        for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
+            store(place, splat(f32x16, types.float32(0.0)))
+        for first in range(begin, end, CHUNK_TOKENS):
+            n = min(CHUNK_TOKENS, end - first)
+            fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
+
+
+@kernel
+def merge_units(fmt, plan):
+    """Join the parts of one head of one token, in order, as long as the plan has some: the sum of latents weighted."""
+    n_tokens, n_heads, n_tiles, rank = _field(plan, N_TOKENS), _field(plan, N_HEADS), _n_tiles(plan), _field(plan, RANK)
+    n_parts, next_part = _n_parts(plan, n_tokens), n_tiles * _field(plan, PART_BYTES)
+    memory = np.empty(4 * rank + 64, np.uint8)
+    context = address_of(memory)
+    while True:
+        unit = fetch_add(plan, 1)
+        if unit >= n_tokens * n_heads:
+            return memory.size  # the memory must live until here
+        t, head = unit // n_heads, unit % n_heads
+        lane, n = head % HEADS, _n_parts(plan, t + 1)
+        first = _field(plan, PARTS) + (t * n_parts * n_tiles + head // HEADS) * _field(plan, PART_BYTES)
+        top, total = types.float32(-np.inf), types.float32(0.0)
+        for c in range(n):
+            top = max(top, load(types.float32, first + c * next_part + LARGEST + 4 * lane))
+        for i in range(0, rank, 16):
+            store(context + 4 * i, splat(f32x16, types.float32(0.0)))
+        for c in range(n):
+            part = first + c * next_part
+            weight = np.exp2(load(types.float32, part + LARGEST + 4 * lane) - top)
+            total += weight * load(types.float32, part + SUM + 4 * lane)
+            vector, place = splat(f32x16, weight), part + CONTEXT + lane * context_bytes(rank)
+            for i in range(0, rank, 16):
+                store(context + 4 * i, fma(load(f32x16, place + 4 * i), vector, load(f32x16, context + 4 * i)))
+        out = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * _field(plan, OUT_HEAD)
+        for i in range(rank):
+            store(out + 4 * i, load(types.float32, context + 4 * i) / total)
+
+
+# ---- Python side
+
+
+def layer_bytes(fmt: FormatTag, context_length: int, rank: int, rope: int) -> int:
+    """Bytes of the latents and rope keys of one layer."""
+    if fmt is attention_codes.INT8:
+        return attention_codes.layer_bytes(context_length, rank, rope)
+    return attention_rows.layer_bytes(context_length, rank, rope, fmt.block_bytes)
+
+
+def _query_bytes(rank: int, rope: int) -> int:
+    """Bytes of a tile of queries: room for either form."""
+    return HEADS * 4 * (attention_rows.row_columns(rank, rope) + 16)
+
+
+def _part_bytes(rank: int) -> int:
+    return CONTEXT + 64 * HEADS * -(-rank // 16)
+
+
+def scratch_bytes(n_tokens: int, n_heads: int, rank: int, rope: int, context_length: int) -> int:
+    """Bytes that `attention_steps` needs for n_tokens at once, anywhere in a context; the same for each layer."""
+    n_tiles, n_parts = -(-n_heads // HEADS), 1
+    if n_tokens < FEW_TOKENS:
+        n_parts = -(-context_length // CHUNK_TOKENS)
+    return 64 + n_tokens * n_tiles * (_query_bytes(rank, rope) + n_parts * _part_bytes(rank))
+
+
+def attention_steps(
+    fmt: FormatTag,
+    cache: int,
+    length: int,
+    context_length: int,
+    q_latent: np.ndarray,
+    q_pe: np.ndarray,
+    c_kv: np.ndarray,
+    k_pe: np.ndarray,
+    out: np.ndarray,
+    scratch: np.ndarray,
+    scale: float,
+) -> list[Step]:
+    """The steps that store T tokens behind those in a layer's cache and attend them to all up to themselves.
+
+    `cache` is the address of `layer_bytes` bytes that begin as zeros, `length` that of an int64, the number of tokens
+    in the cache when a step is run; length + T may not exceed context_length.
+    q_latent f32[T,H,R] (absorbed), q_pe f32[T,H,P], c_kv f32[T,R], k_pe f32[T,P], out f32[T,H,R]: any strides, but the
+    last axis must be contiguous. scratch u8[`scratch_bytes`]. All of them must live as long as the steps are used.
+    Raises ShapeError for arrays that do not fit together.
+    """
+    n_tokens, n_heads, rank = q_latent.shape
+    rope, n_tiles = q_pe.shape[-1], -(-n_heads // HEADS)
+    fitting = ((n_tokens, n_heads, rank), (n_tokens, n_heads, rope), (n_tokens, rank), (n_tokens, rope))
+    for array, shape in zip((q_latent, q_pe, c_kv, k_pe, out), (*fitting, fitting[0]), strict=True):
+        if array.shape != shape or array.dtype != np.float32 or (shape[-1] > 1 and array.strides[-1] != 4):
+            raise ShapeError(f"expected float32{list(shape)} with contiguous rows, found {array.dtype}{[*array.shape]}")
+    if scratch.nbytes < scratch_bytes(n_tokens, n_heads, rank, rope, context_length):
+        raise ShapeError(f"{scratch.nbytes} bytes of scratch are too few for {n_tokens} tokens")
+    part_tokens = CHUNK_TOKENS if n_tokens < FEW_TOKENS else max(1, -(-context_length // CHUNK_TOKENS)) * CHUNK_TOKENS
+    queries = (scratch.ctypes.data + 63) & ~63
+    plan = np.zeros(N_FIELDS, np.int64)
+    plan[[N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE]] = n_tokens, n_heads, rank, rope, length, cache
+    plan[SCALE] = np.float64(scale * math.log2(math.e)).view(np.int64)
+    plan[PART_TOKENS] = part_tokens
+    for field, array in ((C_KV, c_kv), (K_PE, k_pe), (Q_LATENT, q_latent), (Q_PE, q_pe), (OUT, out)):
+        plan[field : field + array.ndim] = array.ctypes.data, *array.strides[:-1]
+    plan[[QUERIES, QUERY_BYTES]] = queries, _query_bytes(rank, rope)
+    plan[[PARTS, PART_BYTES]] = queries + n_tokens * n_tiles * _query_bytes(rank, rope), _part_bytes(rank)
+    n_parts = -(-context_length // part_tokens)
+    numbers = n_tokens * n_heads * rank
+    return [
+        Step(prepare_units, fmt, plan, n_tokens * (1 + n_tiles), 4 * numbers),
+        Step(attend_units, fmt, plan.copy(), n_tokens * n_tiles * n_parts, 2 * context_length * numbers),
+        Step(merge_units, fmt, plan.copy(), n_tokens * n_heads, n_parts * numbers),
+    ]

@@ -1,16 +1,21 @@
 """Kernels that touch each value once: norms, rotary embedding, gated activation, weighted sums, bf16 rounding."""
 
+import math
+
 import numba
 import numpy as np
-from numba import prange
+from numba import prange, types
 
+from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
+from edge_moe.kernels.simd import address_of, f32x16, load, splat, store
 
 _WORTH_THREADS = 65536  # values; waking other threads takes longer than working through fewer
 
 
 @inline_kernel
-def _rms_norm_row(x, weight, eps, out):
+def rms_norm_row(x, weight, eps, out):
+    """RMSNorm of one row. x, weight and out f32[D]."""
     total = np.float32(0.0)
     for i in range(x.shape[0]):
         total += x[i] * x[i]
@@ -24,8 +29,17 @@ def rms_norm(x, weight, eps):
     """Root-mean-square norm of each row. x f32[T,D], weight f32[D], eps f32 -> f32[T,D]."""
     out = np.empty(x.shape, np.float32)
     for t in range(x.shape[0]):
-        _rms_norm_row(x[t], weight, eps, out[t])
+        rms_norm_row(x[t], weight, eps, out[t])
     return out
+
+
+@inline_kernel
+def rope_row(x, cos, sin, out):
+    """Rotate adjacent pairs of one row. x and out f32[P], cos and sin f32[P/2]."""
+    for i in range(cos.shape[0]):
+        even, odd = x[2 * i], x[2 * i + 1]
+        out[2 * i] = even * cos[i] - odd * sin[i]
+        out[2 * i + 1] = even * sin[i] + odd * cos[i]
 
 
 @kernel
@@ -37,10 +51,7 @@ def rope_pairs(x, cos, sin):
     out = np.empty(x.shape, np.float32)
     for t in range(x.shape[0]):
         for h in range(x.shape[1]):
-            for i in range(cos.shape[1]):
-                even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
-                out[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
-                out[t, h, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
+            rope_row(x[t, h], cos[t], sin[t], out[t, h])
     return out
 
 
@@ -68,10 +79,17 @@ def store_bf16(values, out):
 
 
 @inline_kernel
-def _silu_multiply_row(gate, up, out):
-    for i in range(gate.shape[0]):
-        g = gate[i]
-        out[i] = g / (np.float32(1.0) + np.exp(-g)) * up[i]
+def silu_multiply_row(gate, up, out):
+    """silu(gate) * up. All f32[F], contiguous."""
+    n = gate.shape[0]
+    whole = n & ~15
+    gates, ups, outs = address_of(gate), address_of(up), address_of(out)
+    for i in range(0, 4 * whole, 64):
+        g = load(f32x16, gates + i)
+        power = exp2(g * types.float32(-math.log2(math.e)))
+        store(outs + i, g / (splat(f32x16, types.float32(1.0)) + power) * load(f32x16, ups + i))
+    for i in range(whole, n):
+        out[i] = gate[i] / (np.float32(1.0) + np.exp(-gate[i])) * up[i]
 
 
 @parallel_kernel
@@ -81,15 +99,16 @@ def silu_multiply(gate, up):
     out = np.empty(gate.shape, np.float32)
     if gate.size < _WORTH_THREADS:
         for m in range(n_rows):
-            _silu_multiply_row(gate[m], up[m], out[m])
+            silu_multiply_row(gate[m], up[m], out[m])
     else:
         for m in prange(n_rows):
-            _silu_multiply_row(gate[m], up[m], out[m])
+            silu_multiply_row(gate[m], up[m], out[m])
     return out
 
 
 @inline_kernel
-def _weighted_sum_row(values, positions, weights, out):
+def weighted_sum_row(values, positions, weights, out):
+    """Rows times their weights, added. values f32[M,D], positions i64[K], weights f32[K], out f32[D]."""
     out[:] = 0
     for k in range(positions.shape[0]):
         row, weight = values[positions[k]], weights[k]
@@ -104,10 +123,10 @@ def weighted_sum(values, positions, weights):
     out = np.empty((n_tokens, values.shape[1]), np.float32)
     if values.size < _WORTH_THREADS:
         for t in range(n_tokens):
-            _weighted_sum_row(values, positions[t], weights[t], out[t])
+            weighted_sum_row(values, positions[t], weights[t], out[t])
     else:
         for t in prange(n_tokens):
-            _weighted_sum_row(values, positions[t], weights[t], out[t])
+            weighted_sum_row(values, positions[t], weights[t], out[t])
     return out
 
 

@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
+import llvmlite.binding
 import numba
 import platformdirs
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import register_jitable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +32,13 @@ FLAGS: dict[str, Any] = {
 # It reads this when it is loaded, which numba does at the first parallel loop.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# LLVM picks a byte out of a vector by EXTRQ where the CPU has SSE4a. That is no AVX instruction, and on AMD's Zen 3 one
+# of them in a loop over AVX registers makes a product of Q4_K four times slower.
+if numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None:  # type: ignore[attr-defined]
+    _features = llvmlite.binding.get_host_cpu_features()
+    if "sse4a" in _features:
+        _features["sse4a"] = False
+        numba.config.CPU_FEATURES = _features.flatten()  # type: ignore[attr-defined]
 STALE_S = 30 * 86400
 _KERNELS_DIR = Path(__file__).parent
 _observers: list[Callable[[str], None]] = []
@@ -49,6 +57,11 @@ def parallel_kernel(function: F) -> F:
 def inline_kernel(function: F) -> F:
     """Compile a helper that only other kernels call: not cached by itself, since it is part of its callers."""
     return numba.njit(**FLAGS)(function)
+
+
+def both_sides(function: F) -> F:
+    """A rule about whole numbers (sizes, offsets) that Python and kernels share."""
+    return register_jitable(function)
 
 
 def spliced_kernel(function: F) -> F:
@@ -82,9 +95,12 @@ def _source_hash(path: Path) -> str:
         if current in seen or not current.exists():
             continue
         seen.add(current)
-        names = re.findall(r"edge_moe\.kernels(?:\.(\w+)| import ([\w, ]+))", current.read_text(encoding="utf-8"))
-        for dotted, listed in names:
-            pending += [_KERNELS_DIR / f"{name.strip()}.py" for name in (dotted or listed).split(",")]
+        text = current.read_text(encoding="utf-8")
+        for package, dotted, listed in re.findall(
+            r"(edge_moe\.kernels|edge_moe_quant)(?:\.(\w+)| import ([\w, ]+))", text
+        ):
+            folder = _KERNELS_DIR if package == "edge_moe.kernels" else path.parent
+            pending += [folder / f"{name.strip()}.py" for name in (dotted or listed).split(",")]
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted(seen):
         digest.update(source.read_bytes())

@@ -21,7 +21,7 @@ _ARGUMENTS = (types.Opaque("edge_moe format"), types.int64)
 
 
 @intrinsic
-def _call(typingctx: Any, function: Any, plan: Any) -> Any:
+def call(typingctx: Any, function: Any, plan: Any) -> Any:
     """Call a compiled `int64 f(FormatTag, int64 plan)` by its address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -37,7 +37,7 @@ def _call(typingctx: Any, function: Any, plan: Any) -> Any:
 @parallel_kernel
 def _on_threads(function, plan, n_threads):
     for _ in numba.prange(n_threads):
-        _call(function, plan)
+        call(function, plan)
 
 
 @kernel
@@ -47,7 +47,7 @@ def launch(function, plan, n_units, operations, n_threads):
     if n_threads > 1:
         _on_threads(function, plan, n_threads)
     else:
-        _call(function, plan)
+        call(function, plan)
 
 
 _addresses: dict[tuple[Any, FormatTag], int] = {}

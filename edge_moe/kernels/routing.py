@@ -52,6 +52,35 @@ def _mask_groups(selection, n_group, topk_group, group_score_experts):
             selection[e] = -np.inf
 
 
+@inline_kernel
+def route_row(logits, bias, sigmoid, groups, norm, scale, scratch, ids, weights):
+    """One token's experts: ids i64[K], weights f32[K]. groups (n_group, topk_group, experts in a group's score)."""
+    n_experts, (n_group, topk_group, group_score_experts) = logits.shape[0], groups
+    probs, selection = scratch[0], scratch[1]
+    _probabilities(logits, sigmoid, probs)
+    for e in range(n_experts):
+        selection[e] = probs[e] + bias[e]
+    if n_group > 1:
+        _mask_groups(selection, n_group, topk_group, group_score_experts)
+    total = np.float32(0.0)
+    for k in range(ids.shape[0]):
+        best = -1
+        for e in range(n_experts):
+            chosen = False
+            for i in range(k):
+                chosen |= ids[i] == e
+            if not chosen and (best < 0 or selection[e] > selection[best]):
+                best = e
+        ids[k] = best
+        weights[k] = probs[best]
+        total += probs[best]
+    factor = np.float32(scale)
+    if norm:
+        factor /= max(total, np.float32(6.103515625e-5))  # the smallest normal f16, as the reference clamps
+    for k in range(ids.shape[0]):
+        weights[k] *= factor
+
+
 @kernel
 def route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, scale):
     """Choose experts. logits f32[T,E], bias f32[E] -> expert ids i64[T,K], weights f32[T,K].
@@ -62,31 +91,10 @@ def route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k
     n_tokens, n_experts = logits.shape
     ids = np.empty((n_tokens, top_k), np.int64)
     weights = np.empty((n_tokens, top_k), np.float32)
-    probs = np.empty(n_experts, np.float32)
-    selection = np.empty(n_experts, np.float32)
-    chosen = np.empty(n_experts, np.bool_)
+    scratch = np.empty((2, n_experts), np.float32)
+    groups = n_group, topk_group, group_score_experts
     for t in range(n_tokens):
-        _probabilities(logits[t], sigmoid, probs)
-        for e in range(n_experts):
-            selection[e] = probs[e] + bias[e]
-            chosen[e] = False
-        if n_group > 1:
-            _mask_groups(selection, n_group, topk_group, group_score_experts)
-        total = np.float32(0.0)
-        for k in range(top_k):
-            best = -1
-            for e in range(n_experts):
-                if not chosen[e] and (best < 0 or selection[e] > selection[best]):
-                    best = e
-            chosen[best] = True
-            ids[t, k] = best
-            weights[t, k] = probs[best]
-            total += probs[best]
-        factor = np.float32(scale)
-        if norm:
-            factor /= max(total, np.float32(6.103515625e-5))  # the smallest normal f16, as the reference clamps
-        for k in range(top_k):
-            weights[t, k] *= factor
+        route_row(logits[t], bias, sigmoid, groups, norm, scale, scratch, ids[t], weights[t])
     return ids, weights
 
 

@@ -141,7 +141,7 @@ def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")  # what was written before is seen by the next
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -252,7 +252,7 @@ def shifter(amounts: Sequence[int]) -> Any:
     return shift
 
 
-# ---- arithmetic: a + b, a - b, a * b, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
+# ---- arithmetic: a + b, a - b, a * b, a / b of floats, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
 
 
 def _lower(name: str, t: Any) -> str:
@@ -283,6 +283,7 @@ for _op, _name in {
     operator.add: "add",
     operator.sub: "sub",
     operator.mul: "mul",
+    operator.truediv: "div",
     operator.and_: "and_",
     operator.or_: "or_",
     operator.xor: "xor",

@@ -5,6 +5,8 @@ from typing import Literal
 
 from numba.core.registry import cpu_target
 
+from edge_moe.kernels import jit  # noqa: F401 (it settles what numba compiles for)
+
 # Features implied by a name given in NUMBA_CPU_NAME without NUMBA_CPU_FEATURES; other names get plain vector code.
 _V2 = {"ssse3", "sse4.1"}
 _V3 = _V2 | {"avx2", "f16c", "fma"}

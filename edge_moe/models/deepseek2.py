@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.cpu import CpuBackend, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import ModelConfig
+from edge_moe.errors import ShapeError
 from edge_moe.latent_cache import LatentCache
 from edge_moe.weights import Weight
 
@@ -158,29 +159,49 @@ class DeepseekV2:
     def __init__(self, config: ModelConfig, weights: Weights, backend: CpuBackend) -> None:
         self.config = config
         self.weights = weights
-        self.ops = backend
+        self.backend = backend
         self._inv_freq = rope_frequencies(config)
 
     def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
-        """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last."""
-        ops, eps = self.ops, self.config.rms_norm_eps
-        ops.begin()
-        cos, sin = self._rotations(cache.length, len(token_ids))
+        """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last.
+
+        Raises ShapeError for ids outside the vocabulary and for more tokens than the cache has room for.
+        """
+        if not 1 <= len(token_ids) <= cache.free:
+            raise ShapeError(f"{len(token_ids)} tokens do not fit: the cache has room for 1 to {cache.free}")
+        if token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
+            raise ShapeError(f"token ids {token_ids.tolist()[:8]}: expected 0 to {self.config.vocab_size - 1}")
+        logits = self.backend.run(self._compute, token_ids, cache, all_logits)
+        cache.advance(len(token_ids))
+        return logits
+
+    def _compute(self, ops: Operations, token_ids: np.ndarray, cache: LatentCache, all_logits: bool) -> np.ndarray:
+        """The pass itself. All arithmetic is done by `ops`: between them arrays are only cut and reshaped."""
+        c = self.config
+        factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
+        cos, sin = ops.rotations(cache, len(token_ids), self._inv_freq, factor)
         h = ops.embed(self.weights.embed_tokens, token_ids)
         for index, layer in enumerate(self.weights.layers):
-            h = h + self._attention(layer.self_attn, ops.norm(h, layer.input_layernorm, eps), cos, sin, cache, index)
-            h = h + self._feed_forward(layer.mlp, ops.norm(h, layer.post_attention_layernorm, eps))
-        cache.advance(len(token_ids))
+            x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
+            h = ops.add(h, self._attention(ops, layer.self_attn, x, cos, sin, cache, index))
+            x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
+            h = ops.add(h, self._feed_forward(ops, layer.mlp, x))
         if not all_logits:
             h = h[-1:]
-        return ops.linear(ops.norm(h, self.weights.norm, eps), self.weights.lm_head)[0]
+        return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
 
     def _attention(
-        self, w: Attention, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache, layer: int
+        self,
+        ops: Operations,
+        w: Attention,
+        x: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        cache: LatentCache,
+        layer: int,
     ) -> np.ndarray:
         """Multi-head latent attention in absorbed form. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
-        c, ops = self.config, self.ops
-        n_tokens = len(x)
+        c, n_tokens = self.config, len(x)
         if isinstance(w.q_proj, LowRankQuery):
             q_a, kv = ops.linear(x, w.q_proj.q_a_proj, w.kv_a_proj_with_mqa)
             q = ops.linear(ops.norm(q_a, w.q_proj.q_a_layernorm, c.rms_norm_eps), w.q_proj.q_b_proj)[0]
@@ -200,9 +221,9 @@ class DeepseekV2:
         values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
-    def _feed_forward(self, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
+    def _feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
         """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
-        c, ops = self.config, self.ops
+        c = self.config
         if isinstance(w, MLP):
             return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
         ids, gates = ops.route(
@@ -219,14 +240,8 @@ class DeepseekV2:
         out = ops.experts(x, ids, gates, w.experts.gate_proj, w.experts.up_proj, w.experts.down_proj)
         if w.shared_experts is not None:
             shared = w.shared_experts
-            out = out + ops.gated_mlp(x, shared.gate_proj, shared.up_proj, shared.down_proj)
+            out = ops.add(out, ops.gated_mlp(x, shared.gate_proj, shared.up_proj, shared.down_proj))
         return out
-
-    def _rotations(self, start: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin f32[T,P/2] of the positions from `start` on, angles in f64."""
-        angles = np.arange(start, start + n_tokens)[:, None] * self._inv_freq
-        factor = self.config.rope_scaling.attention_factor if self.config.rope_scaling else 1.0
-        return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

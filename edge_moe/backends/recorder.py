@@ -1,0 +1,298 @@
+"""One token's pass as a list of steps: recorded once by running the model pass on buffers, replayed for each token.
+
+A recorded pass costs no Python between its kernels. It is right for any token because all that differs from token to
+token is read from memory when the steps run: the token id, the rotations, the number of tokens in the cache, and the
+addresses of the chosen experts.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge_moe.kernels import product_units as units
+from edge_moe.kernels import steps
+from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
+from edge_moe.kernels.blocks import TAGS, FormatTag
+from edge_moe.kernels.launch import compiled_address
+from edge_moe.kernels.products import UNIT_BYTES
+from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
+from edge_moe.kernels.tiles import TILE_ROWS
+from edge_moe.latent_cache import LatentCache
+from edge_moe.weights import Weight
+
+SHARED_OPERATIONS = 100_000  # from so many on a step is shared between threads: some 10 microseconds
+NUMBERS = TAGS["F32"]  # stands for the block format where a kernel has none
+
+Compute = Callable[..., np.ndarray]
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _bits(value: float) -> int:
+    """A number as the int64 with the bits of its f64."""
+    return int(np.float64(value).view(np.int64))
+
+
+class Program:
+    """A recorded pass: `run(token_id, position)` gives the logits f32[1,vocab] of one token."""
+
+    def __init__(self, compute: Compute, cache: LatentCache) -> None:
+        recorder = Recorder()
+        self._token_ids = np.zeros(1, np.int64)
+        self._logits = compute(recorder, self._token_ids, cache, False)
+        self._rotate = recorder.rotate
+        self._keep = recorder.keep  # buffers and plans that the steps know by address
+        self._steps = np.array(recorder.steps, np.int64).reshape(-1, STEP_FIELDS)
+
+    def run(self, token_id: int, position: int, threads: int) -> np.ndarray:
+        """The token at `position`, the cache holding all before it -> a new f32[1,vocab]."""
+        self._token_ids[0] = token_id
+        for rotate in self._rotate:
+            rotate(position)
+        run_program(self._steps, sleep_function(), threads)
+        return self._logits.copy()
+
+
+class Recorder:
+    """The operations of a model pass for one token; each gives the buffer that will hold its result."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, ...]] = []
+        self.keep: list[object] = []
+        self.rotate: list[Callable[[int], None]] = []
+        self._scratch: np.ndarray | None = None  # of attention: one for all layers
+
+    def rotations(self, cache: LatentCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
+        """cos and sin f32[1,P/2] of the token's position, renewed before each run."""
+        cos, sin = self._empty(1, len(inv_freq)), self._empty(1, len(inv_freq))
+
+        def rotate(position: int) -> None:
+            np.multiply(np.cos(position * inv_freq), factor, out=cos[0], casting="same_kind")
+            np.multiply(np.sin(position * inv_freq), factor, out=sin[0], casting="same_kind")
+
+        self.rotate.append(rotate)
+        return cos, sin
+
+    def embed(self, weight: Weight, token_ids: np.ndarray) -> np.ndarray:
+        """The token's row of the embedding matrix, f32[1,D]."""
+        n_cols = weight.shape[-1]
+        out = self._empty(1, n_cols)
+        plan = [
+            0,
+            1,
+            n_cols,
+            weight.row_bytes,
+            0,
+            _address(token_ids),
+            0,
+            0,
+            weight.address,
+            0,
+            0,
+            1,
+            _address(out),
+            0,
+            0,
+        ]
+        self._step(units.decode_units, plan, TAGS[weight.format.name])
+        return out
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a + b, both f32[1,D]."""
+        out = self._empty(*a.shape)
+        self._step(steps.add_step, [0, a.size, _address(a), _address(b), _address(out)])
+        return out
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """RMSNorm. x f32[1,D], weight f32[D] -> f32[1,D]."""
+        self.keep.append(weight)
+        out = self._empty(*x.shape)
+        self._step(steps.norm_step, [0, x.size, _address(x), _address(weight), _bits(eps), _address(out)])
+        return out
+
+    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
+        """Products of one input with several matrices. x f32[1,C] -> a list of f32[1,n_rows]."""
+        outputs = [self._empty(1, weight.shape[0]) for weight in weights]
+        records: dict[int, np.ndarray] = {}
+        for fmt in {weight.format.name: weight.format for weight in weights}.values():
+            if fmt.activation_group not in records:
+                records[fmt.activation_group] = self._quantize(x, fmt.activation_group)
+            chosen = [(w, out) for w, out in zip(weights, outputs, strict=True) if w.format is fmt]
+            groups = [(w.address, w.shape[0], 0, out) for w, out in chosen]
+            self._product(chosen[0][0], records[fmt.activation_group], groups)
+        return outputs
+
+    def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        """A matrix of its own for each head. x f32[1,H,C], weight [H,n_rows,C] -> f32[1,H,n_rows]."""
+        out = self._empty(1, x.shape[1], weight.shape[1])
+        records = self._quantize(x[0], weight.format.activation_group)
+        addresses = weight.addresses.tolist()
+        self._product(weight, records, [(at, weight.shape[1], h, out[0, h]) for h, at in enumerate(addresses)])
+        return out
+
+    def per_head_transposed(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        """The same with each matrix transposed. x f32[1,H,n_rows], weight [H,n_rows,C] -> f32[1,H,C]."""
+        (_, n_heads, n_rows), n_cols = x.shape, weight.shape[2]
+        out, rows = self._empty(1, n_heads, n_cols), self._contiguous(x[0])
+        plan = [0, n_heads, n_cols, weight.row_bytes, 0, _address(rows), 0, 0]
+        for h, address in enumerate(weight.addresses.tolist()):
+            plan += (address, n_rows, h, h + 1, _address(out), 0, 0)
+        self._step(units.transposed_units, plan, TAGS[weight.format.name], 2 * x.size * n_cols)
+        return out
+
+    def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Rotate adjacent pairs. x f32[1,H,P], cos and sin f32[1,P/2] -> f32[1,H,P]."""
+        out = self._empty(*x.shape)
+        sizes = [x.shape[1], x.shape[2] // 2]
+        self._step(steps.rope_step, [0, *sizes, _address(x), x.strides[1], _address(cos), _address(sin), _address(out)])
+        return out
+
+    def latent_attention(
+        self,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        cache: LatentCache,
+        layer: int,
+        scale: float,
+    ) -> np.ndarray:
+        """Append the new latent to the cache, then attend to all of it; shapes as of CpuBackend, for one token."""
+        out = self._empty(*q_latent.shape)
+        if self._scratch is None:
+            self._scratch = cache.attention_scratch(1, q_latent.shape[1])
+            self.keep.append(self._scratch)
+        for step in cache.attention_steps(layer, q_latent, q_pe, c_kv, k_pe, out, self._scratch, scale):
+            operations = step.operations if step.n_units > 1 else 0
+            self._step(step.function, step.plan, step.fmt, operations)
+        return out
+
+    def route(
+        self,
+        logits: np.ndarray,
+        bias: np.ndarray,
+        *,
+        sigmoid: bool,
+        n_group: int,
+        topk_group: int,
+        group_score_experts: int,
+        top_k: int,
+        norm: bool,
+        scale: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose experts. logits f32[1,E], bias f32[E] -> ids i64[1,K], weights f32[1,K]."""
+        self.keep.append(bias)
+        ids, weights = self._empty(1, top_k, dtype=np.int64), self._empty(1, top_k)
+        plan = [0, logits.size, top_k, _address(logits), _address(bias), sigmoid, n_group, topk_group]
+        plan += [group_score_experts, norm, _bits(scale), _address(ids), _address(weights)]
+        self._step(steps.route_step, plan)
+        return ids, weights
+
+    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
+        """down(silu(gate x) * (up x)). x f32[1,D] -> f32[1,D]."""
+        return self.linear(self._silu_multiply(*self.linear(x, gate, up)), down)[0]
+
+    def experts(
+        self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
+    ) -> np.ndarray:
+        """The chosen experts' gated MLPs, weighted and summed. x f32[1,D], ids i64[1,K], weights f32[1,K] -> as x."""
+        top_k = ids.size
+        gate_out, up_out = self._empty(top_k, gate.shape[1]), self._empty(top_k, up.shape[1])
+        records = {g: self._quantize(x, g) for g in {gate.format.activation_group, up.format.activation_group}}
+        together = [(gate, gate_out), (up, up_out)]
+        for part in [together] if gate.format is up.format else [together[:1], together[1:]]:
+            stacks = [weight for weight, _ in part]
+            groups = [(weight.address, weight.shape[1], 0, row) for weight, rows in part for row in rows]
+            self._product(stacks[0], records[stacks[0].format.activation_group], groups, ids, stacks)
+        gated = self._silu_multiply(gate_out, up_out)
+        out = self._empty(top_k, down.shape[1])
+        groups = [(down.address, down.shape[1], k, out[k]) for k in range(top_k)]
+        self._product(down, self._quantize(gated, down.format.activation_group), groups, ids, [down])
+        total, positions = self._empty(1, down.shape[1]), np.arange(top_k)
+        self.keep.append(positions)
+        plan = [0, top_k, down.shape[1], _address(out), _address(positions), _address(weights), _address(total)]
+        self._step(steps.weighted_sum_step, plan)
+        return total
+
+    # ---- parts of the above
+
+    def _empty(self, *shape: int, dtype: type = np.float32) -> np.ndarray:
+        """A buffer that lives as long as the program."""
+        out: np.ndarray = np.zeros(shape, dtype)
+        self.keep.append(out)
+        return out
+
+    def _step(
+        self,
+        function: Callable[..., object],
+        plan: Sequence[int] | np.ndarray,
+        tag: FormatTag = NUMBERS,
+        operations: int = 0,
+    ) -> np.ndarray:
+        """Add a step; returns its plan as it lies in memory. Of many operations, the step is shared between threads."""
+        numbers = np.array(plan, np.int64)
+        self.keep.append(numbers)
+        shared = operations > SHARED_OPERATIONS
+        self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0))
+        return numbers
+
+    def _contiguous(self, x: np.ndarray) -> np.ndarray:
+        """The rows of f32[M,C] one behind the other."""
+        if x.flags.c_contiguous:
+            return x
+        out = self._empty(*x.shape)
+        self._step(steps.copy_step, [0, *x.shape, _address(x), x.strides[0], _address(out)])
+        return out
+
+    def _quantize(self, x: np.ndarray, group: int) -> np.ndarray:
+        """Addresses i64[M] of the rows of x f32[M,C] as the products want them: in int8, or as they are (group 0)."""
+        rows = self._contiguous(x)
+        first, stride = _address(rows), rows.strides[0]
+        if group:
+            stride = record_bytes(x.shape[1], group)
+            records = self._empty(len(x) * stride + 64, dtype=np.uint8)
+            source, first = first, (_address(records) + 63) & ~63
+            plan = [0, len(x), source, first, stride, x.shape[1], group]
+            self._step(quantize_units, plan, operations=4 * x.size if len(x) > QUANTIZE_ROWS else 0)
+        table = first + stride * np.arange(len(x), dtype=np.int64)
+        self.keep.append(table)
+        return table
+
+    def _product(
+        self,
+        weight: Weight,
+        records: np.ndarray,
+        groups: list[tuple[int, int, int, np.ndarray]],
+        ids: np.ndarray | None = None,
+        stacks: list[Weight] | None = None,
+    ) -> None:
+        """Matrices (address, n_rows, which record, out f32[n_rows]) in the format and width of `weight`.
+
+        With ids, each of the `stacks` in turn has a group for each id, whose address is put in when the steps run.
+        """
+        n_cols, row_bytes = weight.shape[-1], weight.row_bytes
+        unit_rows = max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)  # more than a panel has: no panel is wanted
+        plan, n_units, operations = [0, len(groups), n_cols, row_bytes, unit_rows, _address(records), 0, 0], 0, 0
+        for address, n_rows, record, out in groups:
+            n_units += -(-n_rows // unit_rows)
+            operations += n_rows * n_cols
+            # the kernel writes record m's results m * n_rows floats behind the address given
+            plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, n_units, 0)
+        if ids is not None:
+            choices = []
+            for _ in stacks or ():
+                choices.append(self._step(steps.choose_step, [0] * 7))
+        numbers = self._step(units.product_units, plan, TAGS[weight.format.name], operations if n_units > 1 else 0)
+        if ids is not None:
+            field = _address(numbers) + 8 * units.GROUPS
+            for i, (stack, choice) in enumerate(zip(stacks or (), choices, strict=True)):
+                place = field + 8 * units.GROUP_FIELDS * i * ids.size
+                stride = stack.stride_bytes or stack.matrix_bytes
+                choice[1:] = ids.size, _address(ids), stack.address, stride, place, 8 * units.GROUP_FIELDS
+
+    def _silu_multiply(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        out = self._empty(*gate.shape)
+        self._step(steps.silu_step, [0, gate.size, _address(gate), _address(up), _address(out)])
+        return out

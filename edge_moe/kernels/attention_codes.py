@@ -1,0 +1,324 @@
+"""The latent cache in 8 bits: the methods of its format that attention.py is written in.
+
+16 tokens form a block: codes [rank / 4][16 tokens][4 dims] with a sign, rope keys as pairs of bf16 [rope / 2][16][2],
+and a float scale for each token and each 128 dims of the latent, [groups][16]. A latent is filled up with zeros to a
+multiple of 4, a rope key to one of 2. Codes are stored by `stored_sign`, as the CPU multiplies them. Both as keys and
+as values they are multiplied as whole numbers, once a load for all heads of a tile.
+"""
+
+import numpy as np
+from numba import types
+from numba.extending import models, overload_method, register_model
+
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, context_bytes, join_chunk
+from edge_moe.kernels.attention_tiles import (
+    BY_BYTES,
+    HEADS,
+    MAX_PROBABILITY,
+    MAX_QUERY,
+    QUERY_BYTES,
+    exp2,
+    query_codes,
+    scatter,
+    store_probabilities,
+    tile_accumulate,
+    tile_add_scores,
+    tile_add_values,
+    tile_make_high,
+    tile_numbers,
+    to_bfloat,
+    u32x16,
+)
+from edge_moe.kernels.blocks import FormatTag
+from edge_moe.kernels.dots import SIGN_BIAS
+from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.simd import (
+    absolute,
+    convert,
+    f32x16,
+    fma,
+    i8x16,
+    i32x16,
+    larger,
+    load,
+    reduce_add,
+    reduce_max,
+    rounded,
+    splat,
+    store,
+    view,
+)
+from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store, tile_zero
+
+GROUP = 128  # dims that share a token's scale
+BLOCK_TOKENS = 16
+MAX_CODE = 127
+
+
+class CodeFormat(FormatTag):
+    """Latents in 8 bits, in blocks of 16 tokens."""
+
+
+register_model(CodeFormat)(models.OpaqueModel)
+INT8 = CodeFormat("INT8", 1)
+
+
+@inline_kernel
+def _quads(rank):
+    return (rank + 3) // 4
+
+
+@inline_kernel
+def _groups(rank):
+    return (rank + GROUP - 1) // GROUP
+
+
+@inline_kernel
+def _rope_pairs(rope):
+    return (rope + 1) // 2
+
+
+@inline_kernel
+def _scales(rank, rope):
+    """Where in a block the scales are."""
+    return 64 * (_quads(rank) + _rope_pairs(rope))
+
+
+@inline_kernel
+def _block_bytes(rank, rope):
+    return _scales(rank, rope) + 64 * _groups(rank)
+
+
+def block_bytes(rank: int, rope: int) -> int:
+    """Bytes of 16 tokens: codes, rope keys and scales."""
+    return 64 * (-(-rank // 4) + -(-rope // 2) + -(-rank // GROUP))
+
+
+def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
+    """Bytes of one layer's blocks."""
+    return -(-n_tokens // BLOCK_TOKENS) * block_bytes(rank, rope)
+
+
+@inline_kernel
+def _largest(values, n):
+    """The largest magnitude of n floats at an address; not a number if one is infinite or none, so that it shows."""
+    zero = types.float32(0.0)
+    tops = wrong = splat(f32x16, zero)
+    for i in range(0, n - 15, 16):
+        value = load(f32x16, values + 4 * i)
+        tops, wrong = larger(absolute(value), tops), wrong + value * zero
+    top = reduce_max(tops)
+    for i in range(n & ~15, n):
+        value = load(types.float32, values + 4 * i)
+        top = max(top, abs(value))
+        wrong = wrong + splat(f32x16, value) * zero
+    return top + reduce_add(wrong)
+
+
+@inline_kernel
+def _inverse(step):
+    return types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
+
+
+@inline_kernel
+def _codes(values, inverse):
+    """16 floats at an address as whole numbers."""
+    return convert(i32x16, rounded(load(f32x16, values) * inverse))
+
+
+@inline_kernel
+def _code(value, inverse):
+    return types.int32(np.rint(value * inverse))
+
+
+@overload_method(CodeFormat, "store_latent")
+def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
+    def store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
+        block = cache + position // BLOCK_TOKENS * _block_bytes(rank, rope) + 4 * (position % BLOCK_TOKENS)
+        for g in range(_groups(rank)):
+            first, end = g * GROUP, min(rank, (g + 1) * GROUP)
+            scale = _largest(c_kv + 4 * first, end - first) * types.float32(1 / MAX_CODE)
+            inverse = _inverse(scale)
+            store(block + _scales(rank, rope) + 64 * g, scale)
+            for i in range(first, end - 15, 16):
+                codes = _codes(c_kv + 4 * i, inverse) + types.int32(SIGN_BIAS)
+                scatter(block + 16 * i, 64, convert(i8x16, codes))
+            for i in range(end & ~15, (end + 3) & ~3):
+                code = _code(load(types.float32, c_kv + 4 * i), inverse) if i < end else types.int32(0)
+                store(block + 64 * (i // 4) + i % 4, types.uint8(code + SIGN_BIAS))
+        keys = block + 64 * _quads(rank)
+        for i in range(0, rope - 15, 16):
+            scatter(keys + 32 * i, 64, to_bfloat(load(f32x16, k_pe + 4 * i)))
+        for i in range(rope & ~15, 2 * _rope_pairs(rope)):
+            value = load(types.float32, k_pe + 4 * i) if i < rope else types.float32(0.0)
+            store(keys + 64 * (i // 2) + 2 * (i % 2), to_bf16(value))
+
+    return store_latent
+
+
+# ---- a tile's queries: codes, what the sums of each group begin with, scales, rope queries; interleaved by 4 bytes
+
+
+@inline_kernel
+def _query_places(rank):
+    """Offsets of the first sums, the scales and the rope queries in a head's record."""
+    sums = QUERY_BYTES * _quads(rank)
+    return sums, sums + 4 * _groups(rank), sums + 8 * _groups(rank)
+
+
+@inline_kernel
+def _store_code(tile, h, i, code):
+    """The query code of dim i of a head, as `tile_add_scores` reads it."""
+    if BY_BYTES:
+        store(tile + 4 * (HEADS * (i // 4) + h) + i % 4, types.int8(code))
+    else:  # pairs of the even and of the odd dims
+        store(tile + 4 * (HEADS * (2 * (i // 4) + i % 2) + h) + 2 * (i % 4 // 2), types.int16(code))
+
+
+@overload_method(CodeFormat, "query_tile")
+def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
+    def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
+        sums, scales, keys = _query_places(rank)
+        if n_heads < HEADS or rank % 4 or rope % 2:  # what is not written below
+            for i in range(0, HEADS * (keys + 8 * _rope_pairs(rope)), 4):
+                store(tile + i, types.int32(0))
+        for h in range(n_heads):
+            q = q_latent + h * latent_stride
+            for g in range(_groups(rank)):
+                first, end = g * GROUP, min(rank, (g + 1) * GROUP)
+                step = _largest(q + 4 * first, end - first) * types.float32(1 / MAX_QUERY)
+                inverse = _inverse(step)
+                totals = splat(i32x16, types.int32(0))
+                for i in range(first, end - 15, 16):
+                    codes = _codes(q + 4 * i, inverse)
+                    totals = totals + codes
+                    scatter(tile + HEADS * QUERY_BYTES * (i // 4) + 4 * h, 4 * HEADS, query_codes(codes))
+                total = reduce_add(totals)
+                for i in range(end & ~15, end):
+                    code = _code(load(types.float32, q + 4 * i), inverse)
+                    total += code
+                    _store_code(tile, h, i, code)
+                store(tile + HEADS * (sums + 4 * g) + 4 * h, types.int32(-SIGN_BIAS * total))
+                store(tile + HEADS * (scales + 4 * g) + 4 * h, step * scale)
+            q = q_pe + h * pe_stride
+            for i in range(0, rope - 15, 16):
+                scatter(tile + HEADS * (keys + 4 * i) + 4 * h, 4 * HEADS, load(f32x16, q + 4 * i) * scale)
+            for i in range(rope & ~15, rope):
+                store(tile + HEADS * (keys + 4 * i) + 4 * h, load(types.float32, q + 4 * i) * scale)
+
+    return query_tile
+
+
+# ---- one chunk
+
+
+@inline_kernel
+def _scores(block, n_blocks, query, rank, rope, out):
+    """Scores of all tokens of some blocks, f32 [blocks][HEADS][16]."""
+    first_sums, query_scales, rope_queries = _query_places(rank)
+    for b in range(n_blocks):
+        total, codes, offset = tile_zero(f32x16), block, 0
+        for g in range(_groups(rank)):
+            sums = tile_numbers(query, first_sums + 4 * g)
+            for _ in range(min(GROUP // 4, _quads(rank) - GROUP // 4 * g)):
+                sums = tile_add_scores(sums, codes, query, offset)
+                codes += 64
+                offset += QUERY_BYTES
+            scale = load(f32x16, block + _scales(rank, rope) + 64 * g)
+            total = tile_add_scaled(total, sums, scale, query, query_scales + 4 * g)
+        for i in range(_rope_pairs(rope)):
+            pair = load(u32x16, codes + 64 * i)
+            even, odd = view(f32x16, pair << types.uint32(16)), view(f32x16, pair & types.uint32(0xFFFF0000))
+            total = tile_add_product(total, even, query, rope_queries + 8 * i)
+            total = tile_add_product(total, odd, query, rope_queries + 8 * i + 4)
+        tile_store(out + 64 * HEADS * b, total)
+        block += _block_bytes(rank, rope)
+
+
+@inline_kernel
+def _softmax(scores, n_blocks, partial, factors, largest, sums):
+    """scores -> 2**(score - largest), in place."""
+    store(largest, splat(f32x16, types.float32(0.0)))
+    store(sums, splat(f32x16, types.float32(0.0)))
+    for h in range(HEADS):
+        tops = splat(f32x16, types.float32(-np.inf))
+        for b in range(n_blocks):
+            tops = larger(load(f32x16, scores + 64 * (HEADS * b + h)), tops)
+        top = reduce_max(tops)
+        total = splat(f32x16, types.float32(0.0))
+        for b in range(n_blocks):
+            place = scores + 64 * (HEADS * b + h)
+            weight = exp2(load(f32x16, place) - top)
+            store(place, weight)
+            total = total + weight
+        store(largest + 4 * h, top)
+        store(sums + 4 * h, reduce_add(total))
+    join_chunk(partial, load(f32x16, largest), load(f32x16, sums), factors)
+
+
+@inline_kernel
+def _clear_behind(vector, n):
+    """Set the lanes from n on of 16 floats in memory to zero."""
+    for j in range(n, BLOCK_TOKENS):
+        store(vector + 4 * j, types.float32(0.0))
+
+
+@inline_kernel
+def _weigh(scores, scales, block_bytes, n, n_blocks, weights, steps):
+    """Probabilities times a group's scales, as whole numbers. Returns what one of them is worth."""
+    tops = splat(f32x16, types.float32(0.0))
+    for b in range(n_blocks):
+        store(steps + 64 * b, load(f32x16, scales + b * block_bytes))
+        _clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
+        tops = larger(load(f32x16, steps + 64 * b), tops)
+    top = reduce_max(tops)
+    factor = types.float32(MAX_PROBABILITY) / top if top > types.float32(0.0) else types.float32(0.0)
+    half = splat(f32x16, types.float32(0.5))
+    for b in range(n_blocks):
+        step = load(f32x16, steps + 64 * b) * factor
+        for h in range(HEADS):
+            weight = fma(load(f32x16, scores + 64 * (HEADS * b + h)), step, half)
+            store_probabilities(weights + 64 * (2 * HEADS * b + h), convert(i32x16, weight))
+    return top * types.float32(1 / MAX_PROBABILITY)
+
+
+@inline_kernel
+def _values(codes, block_bytes, n_blocks, weights):
+    """Sums of 4 dims' codes times the weights: i32 tile of [4 tokens][4 dims]."""
+    total = tile_zero(i32x16)
+    for b in range(n_blocks):
+        total = tile_add_values(total, codes + b * block_bytes, weights + 128 * HEADS * b, 0)
+    if BY_BYTES:
+        total = tile_make_high(total)
+        for b in range(n_blocks):
+            total = tile_add_values(total, codes + b * block_bytes, weights + 128 * HEADS * b, 1)
+    return total
+
+
+@overload_method(CodeFormat, "attend_chunk")
+def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+    n_chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
+
+    def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+        block_bytes = _block_bytes(rank, rope)
+        block, n_blocks = cache + first // BLOCK_TOKENS * block_bytes, (n + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+        factors, largest, sums, steps = scratch, scratch + 128, scratch + 192, scratch + 256
+        scores = steps + 64 * n_chunk_blocks
+        weights = scores + 64 * HEADS * n_chunk_blocks
+        _scores(block, n_blocks, query, rank, rope, scores)
+        for h in range(HEADS):
+            for j in range(n, BLOCK_TOKENS * n_blocks):
+                place = scores + 64 * (HEADS * (n_blocks - 1) + h) + 4 * (j % BLOCK_TOKENS)
+                store(place, types.float32(-np.inf))
+        _softmax(scores, n_blocks, partial, factors, largest, sums)
+        new = load(f32x16, factors + 64)
+        for g in range(_groups(rank)):
+            scales = block + _scales(rank, rope) + 64 * g
+            worth = _weigh(scores, scales, block_bytes, n, n_blocks, weights, steps)
+            store(factors + 64, new * worth)
+            for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank))):
+                total = _values(block + 64 * k, block_bytes, n_blocks, weights)
+                tile_accumulate(partial + CONTEXT + 16 * k, context_bytes(rank), total, factors)
+
+    return attend_chunk

@@ -1,0 +1,151 @@
+"""The latent cache as rows of floats, one for each token: latent, then rope key, then zeros to a multiple of 16.
+
+The methods of its formats, F32 and BF16, that attention.py is written in. Lanes are neighbouring dims; each row that is
+read meets the queries of all heads of a tile.
+"""
+
+import numpy as np
+from numba import types
+from numba.extending import overload_method
+
+from edge_moe.kernels.attention_tiles import HEADS, exp2, tile_accumulate, tile_add_rows, tile_store_sums, to_bfloat
+from edge_moe.kernels.blocks import FloatFormat
+from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.simd import f32x16, fma, larger, load, picker, splat, store
+from edge_moe.kernels.tiles import tile_add_product, tile_zero
+
+# The most cached tokens attended at once: their scores stay in the first-level cache, their latents in the second.
+CHUNK_TOKENS = 256
+LARGEST, SUM, CONTEXT = 0, 64, 128  # places in a tile's partial result
+
+_turn_8, _turn_4 = picker([(i + 8) % 16 for i in range(16)]), picker([(i + 4) % 16 for i in range(16)])
+
+
+def row_columns(rank: int, rope: int) -> int:
+    """Numbers from one row to the next."""
+    return (rank + rope + 15) // 16 * 16
+
+
+_row_columns = inline_kernel(row_columns)
+
+
+def layer_bytes(n_tokens: int, rank: int, rope: int, number_bytes: int) -> int:
+    """Bytes of one layer's rows."""
+    return n_tokens * row_columns(rank, rope) * number_bytes
+
+
+@inline_kernel
+def context_bytes(rank):
+    """Bytes from one head's context in a partial result to the next."""
+    return ((rank + 15) & ~15) * 4
+
+
+@inline_kernel
+def join_chunk(partial, largest, total, factors):
+    """Add a chunk's softmax to a partial result: largest scores and sums f32x16 of each head.
+
+    Stores what the contexts so far and those of the chunk are to be multiplied with, at `factors`, f32 [2][16].
+    """
+    before = load(f32x16, partial + LARGEST)
+    top = larger(before, largest)
+    old, new = exp2(before - top), exp2(largest - top)
+    store(partial + LARGEST, top)
+    store(partial + SUM, fma(load(f32x16, partial + SUM), old, total * new))
+    store(factors, old)
+    store(factors + 64, new)
+
+
+@inline_kernel
+def _softmax(scores, n, partial, factors):
+    """scores f32 [n][HEADS] -> 2**(score - largest), in place; n is a multiple of 16 / HEADS."""
+    top = splat(f32x16, types.float32(-np.inf))
+    for i in range(0, 4 * n * HEADS, 64):
+        top = larger(load(f32x16, scores + i), top)
+    top = larger(top, _turn_8(top))
+    if HEADS == 4:
+        top = larger(top, _turn_4(top))
+    total = splat(f32x16, types.float32(0.0))
+    for i in range(0, 4 * n * HEADS, 64):
+        weight = exp2(load(f32x16, scores + i) - top)
+        store(scores + i, weight)
+        total = total + weight
+    total = total + _turn_8(total)
+    if HEADS == 4:
+        total = total + _turn_4(total)
+    join_chunk(partial, top, total, factors)
+
+
+@overload_method(FloatFormat, "store_latent")
+def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
+    size = fmt.block_bytes
+
+    def store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
+        row = cache + position * _row_columns(rank, rope) * size
+        for values, n in ((c_kv, rank), (k_pe, rope)):
+            for i in range(0, n - 15, 16):
+                if size == 4:
+                    store(row + size * i, load(f32x16, values + 4 * i))
+                else:
+                    store(row + size * i, to_bfloat(load(f32x16, values + 4 * i)))
+            for i in range(n & ~15, n):
+                if size == 4:
+                    store(row + size * i, load(types.float32, values + 4 * i))
+                else:
+                    store(row + size * i, to_bf16(load(types.float32, values + 4 * i)))
+            row += size * n
+
+    return store_latent
+
+
+@inline_kernel
+def _spread(target, first, values, n, scale):
+    """n floats at an address, times scale, to columns from `first` on of one head's vectors, HEADS * 64 bytes apart."""
+    whole = n & ~15 if first % 16 == 0 else 0
+    for i in range(0, whole, 16):
+        store(target + 4 * HEADS * (first + i), load(f32x16, values + 4 * i) * scale)
+    for i in range(whole, n):
+        number = load(types.float32, values + 4 * i) * scale
+        store(target + 64 * HEADS * ((first + i) // 16) + 4 * ((first + i) % 16), number)
+
+
+@overload_method(FloatFormat, "query_tile")
+def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
+    def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
+        """[columns / 16][HEADS][16], times scale, zeros beyond n_heads and the last column."""
+        if n_heads < HEADS or (rank + rope) % 16:  # what is not written below
+            for i in range(0, _row_columns(rank, rope) * HEADS * 4, 64):
+                store(tile + i, splat(f32x16, types.float32(0.0)))
+        for h in range(n_heads):
+            _spread(tile + 64 * h, 0, q_latent + h * latent_stride, rank, scale)
+            _spread(tile + 64 * h, rank, q_pe + h * pe_stride, rope, scale)
+
+    return query_tile
+
+
+@overload_method(FloatFormat, "attend_chunk")
+def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+    size = fmt.block_bytes
+
+    def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+        columns = _row_columns(rank, rope)
+        rows, row_bytes = cache + first * columns * size, columns * size
+        scores, factors = scratch + 128, scratch
+        for j in range(n):
+            row, total = rows + j * row_bytes, tile_zero(f32x16)
+            for i in range(0, columns, 16):
+                total = tile_add_rows(total, fmt.load(row + i * size), query + 4 * HEADS * i)
+            tile_store_sums(scores + 4 * HEADS * j, total)
+        filled = n
+        while filled * HEADS % 16:
+            for h in range(HEADS):
+                store(scores + 4 * (HEADS * filled + h), types.float32(-np.inf))
+            filled += 1
+        _softmax(scores, filled, partial, factors)
+        for i in range(0, rank, 16):
+            column, total = rows + i * size, tile_zero(f32x16)
+            for j in range(n):
+                total = tile_add_product(total, fmt.load(column + j * row_bytes), scores, 4 * j)
+            tile_accumulate(partial + CONTEXT + 4 * i, context_bytes(rank), total, factors)
+
+    return attend_chunk

@@ -1,0 +1,313 @@
+"""Vector operations of attention: tiles of a few heads that share what is read from the latent cache.
+
+A tile is a tuple of HEADS vectors. What differs between heads is interleaved as in tiles.py. Latents kept in 8 bits are
+multiplied in blocks of 16 tokens times 4 dims: with the CPU's dot products of bytes where it has them, and else as
+pairs of 16 bits, where nothing overflows and both factors keep more than 8 bits.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from edge_moe.kernels.dots import BYTE, I16, I32, SIGN_BIAS, VIA_16_BITS, GroupDot, pair_sums_32
+from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.simd import (
+    Vector,
+    call,
+    convert,
+    f32x16,
+    fma,
+    i32x16,
+    larger,
+    llvm_type,
+    load_at,
+    rearrange,
+    rounded,
+    splat,
+    spread,
+    store_at,
+    suffix,
+    view,
+)
+from edge_moe.kernels.target import TARGET
+from edge_moe.kernels.tiles import TILE_TOKENS, _numbers, _pack, _tile, _unpack
+
+HEADS = TILE_TOKENS
+BY_BYTES = not VIA_16_BITS
+# Bytes of a head's query for 4 dims, and its largest code: the 16-bit form has bits to spare.
+QUERY_BYTES, MAX_QUERY = (4, 127) if BY_BYTES else (8, 32767)
+# A probability is kept in two bytes, high and low, each in what the CPU multiplies, or in one number of 16 bits. One
+# byte would lose what is spread thin over many tokens beside one that draws most of the attention, as the first does.
+LOW_BITS = 7 if TARGET.dot == "sdot" else 8
+MAX_PROBABILITY = (1 << 2 * LOW_BITS) - 1 if BY_BYTES else 32767
+
+CODES = SimpleNamespace(signed=True, max_code=-1)
+u32x16, u16x16 = Vector(types.uint32, 16), Vector(types.uint16, 16)
+
+
+@inline_kernel
+def exp2(x):
+    """2 to the power of each lane f32x16 of at most 0; below -126 it stays 2**-126. Relative error below 2e-7."""
+    x = larger(splat(f32x16, types.float32(-126.0)), x)  # in this order what is not a number stays so
+    whole = rounded(x)
+    f = x - whole
+    # the Taylor series of exp(f ln 2), |f| <= 1/2
+    power = splat(f32x16, types.float32(1.5252734e-5))
+    power = fma(power, f, splat(f32x16, types.float32(1.5403530e-4)))
+    power = fma(power, f, splat(f32x16, types.float32(1.3333558e-3)))
+    power = fma(power, f, splat(f32x16, types.float32(9.6181291e-3)))
+    power = fma(power, f, splat(f32x16, types.float32(5.5504109e-2)))
+    power = fma(power, f, splat(f32x16, types.float32(2.4022651e-1)))
+    power = fma(power, f, splat(f32x16, types.float32(6.9314718e-1)))
+    power = fma(power, f, splat(f32x16, types.float32(1.0)))
+    exponent = (convert(i32x16, whole) + types.int32(127)) << types.int32(23)
+    return power * view(f32x16, exponent)
+
+
+@intrinsic
+def to_bfloat(typingctx: Any, value: Any) -> Any:
+    """f32 -> bf16 bits, the nearest, ties to even; what is not a number stays so."""
+    result = Vector(types.uint16, value.lanes)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = ir.VectorType(I32, value.lanes)
+
+        def const(number: int) -> ir.Constant:
+            return ir.Constant(wide, [number] * value.lanes)
+
+        bits = builder.bitcast(args[0], wide)
+        high = builder.lshr(bits, const(16))
+        odd = builder.and_(high, const(1))
+        nearest = builder.lshr(builder.add(builder.add(bits, const(0x7FFF)), odd), const(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, builder.or_(high, const(64)), nearest), llvm_type(result))
+
+    return result(value), codegen
+
+
+@intrinsic
+def scatter(typingctx: Any, address: Any, step: Any, value: Any) -> Any:
+    """Write each 4 bytes of a vector `step` bytes behind the last."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, step, v = args
+        n_words = value.lanes * value.element.bitwidth // 32
+        words = builder.bitcast(v, ir.VectorType(I32, n_words))
+        for i in range(n_words):
+            store_at(builder, address, builder.extract_element(words, ir.Constant(I32, i)))
+            address = builder.add(address, step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value), codegen
+
+
+# ---- tiles of floats
+
+
+@intrinsic
+def tile_add_rows(typingctx: Any, total: Any, factor: Any, address: Any) -> Any:
+    """total f32 tile + factor f32x16 times each head's vector, [HEADS][16] at an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, factor, address = args
+        sums = []
+        for h, acc in enumerate(_unpack(builder, total)):
+            row = load_at(builder, address, factor.type, 64 * h)
+            sums.append(call(builder, f"llvm.fmuladd.{suffix(acc.type)}", acc.type, [factor, row, acc]))
+        return _pack(builder, sums)
+
+    return total(total, f32x16, types.int64), codegen
+
+
+@intrinsic
+def tile_store_sums(typingctx: Any, address: Any, tile: Any) -> Any:
+    """Write the sum of each head's 16 lanes, [HEADS] floats; always added in the same order."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def add(a: ir.Value, b: ir.Value, first: Sequence[int], second: Sequence[int]) -> ir.Value:
+            return builder.fadd(rearrange(builder, a, first, b), rearrange(builder, a, second, b))
+
+        low, high = range(8), range(8, 16)
+        halves = [
+            builder.fadd(rearrange(builder, v, low), rearrange(builder, v, high)) for v in _unpack(builder, args[1])
+        ]
+        # two, then four heads side by side within each half of a register, as x86 shuffles them
+        pairs = [
+            add(a, b, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+            for a, b in zip(halves[::2], halves[1::2], strict=True)
+        ]
+        fours = [
+            add(a, b, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+            for a, b in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+        for i, v in enumerate(fours):
+            store_at(builder, args[0], add(v, v, range(4), range(4, 8)), 16 * i)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, tile), codegen
+
+
+@intrinsic
+def tile_accumulate(typingctx: Any, address: Any, step: Any, tile: Any, factors: Any) -> Any:
+    """Each head's floats at an address, `step` bytes behind the last's: times old, plus the tile times new.
+
+    factors f32 [old, new][16 heads]. An i32 tile of `tile_add_values` gives 4 floats for each head, any other 16.
+    """
+    whole_numbers = isinstance(tile.dtype.element, types.Integer)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, step, tile, factors = args
+        for h, value in enumerate(_unpack(builder, tile)):
+            if whole_numbers:
+                value = builder.add(rearrange(builder, value, range(8)), rearrange(builder, value, range(8, 16)))
+                value = builder.add(rearrange(builder, value, range(4)), rearrange(builder, value, range(4, 8)))
+                value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 4))
+            lanes = value.type.count
+            old, new = (
+                spread(builder, load_at(builder, factors, ir.FloatType(), 64 * i + 4 * h), lanes) for i in range(2)
+            )
+            before = builder.fmul(load_at(builder, address, value.type), old)
+            sums = call(builder, f"llvm.fmuladd.{suffix(value.type)}", value.type, [value, new, before])
+            store_at(builder, address, sums)
+            address = builder.add(address, step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tile, types.int64), codegen
+
+
+# ---- latents in 8 bits, blocks of [dims / 4][16 tokens][4]
+
+
+@intrinsic
+def tile_numbers(typingctx: Any, x: Any, offset: Any) -> Any:
+    """Each head's int32 at an offset, in all lanes: what sums begin with."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _pack(builder, _numbers(builder, args[0], args[1], 0, I32))
+
+    return _tile(i32x16)(types.int64, types.int64), codegen
+
+
+def _as_pairs(builder: ir.IRBuilder, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Signed bytes -> the even ones and the odd ones as 16-bit numbers."""
+    words = builder.bitcast(codes, ir.VectorType(I16, 32))
+    eight = ir.Constant(words.type, [8] * 32)
+    return builder.ashr(builder.shl(words, eight), eight), builder.ashr(words, eight)
+
+
+@intrinsic
+def query_codes(typingctx: Any, codes: Any) -> Any:
+    """Codes of 16 dims of a query i32x16, as `tile_add_scores` reads them: 4 or 8 bytes for every 4 dims."""
+    result = Vector(types.int8, 16) if BY_BYTES else Vector(types.int16, 16)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        narrow = builder.trunc(args[0], llvm_type(result))
+        if BY_BYTES:
+            return narrow
+        # in pairs: the even dims of every four, then the odd ones
+        return rearrange(builder, narrow, [4 * (i // 4) + (0, 2, 1, 3)[i % 4] for i in range(16)])
+
+    return result(codes), codegen
+
+
+@intrinsic
+def tile_add_scores(typingctx: Any, total: Any, codes: Any, x: Any, offset: Any) -> Any:
+    """total i32 tile + products of 4 dims: codes [16 tokens][4] at an address, each head's query at the offset."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, codes, x, offset = args
+        w, sums = load_at(builder, codes, ir.VectorType(BYTE, 64)), []
+        quads = _numbers(builder, x, offset, 0, I32)
+        if BY_BYTES:
+            for acc, quad in zip(_unpack(builder, total), quads, strict=True):
+                group = GroupDot(builder, CODES, acc, None)
+                group.add(w, builder.bitcast(quad, w.type))
+                sums.append(group.result())
+            return _pack(builder, sums)
+        even, odd = _as_pairs(builder, w)
+        others = _numbers(builder, x, offset, 1, I32)
+        for acc, first, second in zip(_unpack(builder, total), quads, others, strict=True):
+            acc = builder.add(acc, pair_sums_32(builder, even, builder.bitcast(first, even.type)))
+            sums.append(builder.add(acc, pair_sums_32(builder, odd, builder.bitcast(second, odd.type))))
+        return _pack(builder, sums)
+
+    return total(total, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def tile_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, part: Any) -> Any:
+    """total i32 tile + 16 tokens' codes times their probabilities, by `store_probabilities`: lanes [4 tokens][4 dims].
+
+    `part` is 0 or 1, the high or the low byte; a target without dot products of bytes takes both at once.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, codes, probabilities, part = args
+        w = load_at(builder, codes, ir.VectorType(BYTE, 64))
+        # within 16 bytes: 4 tokens of 4 dims -> 4 dims of 4 tokens
+        w = rearrange(builder, w, [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(64)])
+        sums = []
+        if BY_BYTES:
+            if SIGN_BIAS:
+                w = builder.xor(w, ir.Constant(w.type, [SIGN_BIAS] * 64))
+            start = builder.add(probabilities, builder.mul(part, ir.Constant(part.type, 64 * HEADS)))
+            for h, acc in enumerate(_unpack(builder, total)):
+                group = GroupDot(builder, CODES, acc, None)
+                group.add(load_at(builder, start, w.type, 64 * h), w)
+                sums.append(group.result())
+            return _pack(builder, sums)
+        even, odd = _as_pairs(builder, w)
+        for h, acc in enumerate(_unpack(builder, total)):
+            first = load_at(builder, probabilities, even.type, 64 * h)
+            second = load_at(builder, probabilities, odd.type, 64 * (HEADS + h))
+            acc = builder.add(acc, pair_sums_32(builder, even, first))
+            sums.append(builder.add(acc, pair_sums_32(builder, odd, second)))
+        return _pack(builder, sums)
+
+    return total(total, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_probabilities(typingctx: Any, address: Any, weights: Any) -> Any:
+    """A head's probabilities of 16 tokens, i32x16 of 0 to MAX_PROBABILITY, as `tile_add_values` takes them.
+
+    Each 4 tokens' stand 4 times, once for each dim: 64 bytes here, and 64 of the other part HEADS * 64 further.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, w = args
+
+        def const(number: int) -> ir.Constant:
+            return ir.Constant(w.type, [number] * 16)
+
+        if BY_BYTES:
+            for i, part in enumerate(
+                (builder.lshr(w, const(LOW_BITS)), builder.and_(w, const((1 << LOW_BITS) - 1))),
+            ):
+                quads = builder.bitcast(builder.trunc(part, ir.VectorType(BYTE, 16)), ir.VectorType(I32, 4))
+                store_at(builder, address, rearrange(builder, quads, [j // 4 for j in range(16)]), 64 * HEADS * i)
+        else:
+            # 16 bits each: lanes 0 and 2 of every four become a pair, and lanes 1 and 3
+            above = rearrange(builder, w, [4 * (j // 4) + (j + 2) % 4 for j in range(16)])
+            pairs = builder.or_(w, builder.shl(above, const(16)))
+            for i in range(2):
+                quads = rearrange(builder, pairs, [4 * (j // 4) + i for j in range(16)])
+                store_at(builder, address, quads, 64 * HEADS * i)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, i32x16), codegen
+
+
+@intrinsic
+def tile_make_high(typingctx: Any, total: Any) -> Any:
+    """Sums over the high bytes, before those over the low ones are added."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = ir.Constant(llvm_type(i32x16), [LOW_BITS] * 16)
+        return _pack(builder, [builder.shl(acc, bits) for acc in _unpack(builder, args[0])])
+
+    return total(total), codegen

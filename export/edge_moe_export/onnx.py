@@ -1,0 +1,161 @@
+"""Exports a model to a folder for ONNX Runtime: the graph with its weights, the tokenizer and the settings."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto
+
+from edge_moe import __version__
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import OptionError, UnsupportedError
+from edge_moe.models.deepseek2 import load_weights
+from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
+from edge_moe_export.gguf import write_gguf
+from edge_moe_export.onnx_builder import Builder, TensorFile
+from edge_moe_export.onnx_graph import build_decoder
+from edge_moe_export.onnx_settings import settings_metadata, write_settings
+from edge_moe_export.onnx_storage import FLOAT_BITS, Storage
+from edge_moe_export.onnx_weights import LOSSLESS_BLOCK
+
+BITS = (4, 8, FLOAT_BITS)
+BLOCKS = (16, 32, 64, 128)
+TENSOR_FILE = f"{GRAPH_FILE}.data"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder's files with their bytes, and remarks for the user, one line each."""
+
+    file_bytes: dict[str, int]
+    notes: tuple[str, ...]
+    requantized: dict[str, float]  # relative error (RMS) of weights that were rounded anew, by `format to bits`
+
+
+def export_onnx(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    bits: int = 4,
+    block: int = LOSSLESS_BLOCK,
+    half_cache: bool = False,
+    optimized: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Write the model as an ONNX folder `out`, which appears when it is whole.
+
+    `bits` 4 or 8 of the routed experts' weights, each `block` of them with a scale of its own, or 32: f32 and standard
+    operators only. `half_cache`: the latent cache is f16. `optimized`: as onnxruntime packs it for this CPU, for which
+    it takes the model's size in memory. `progress(done, total)` counts layers.
+    Raises OptionError (options, paths, no space), FormatError (tensors missing), UnsupportedError (odd latent sizes).
+    """
+    if bits not in BITS:
+        raise OptionError(f"--bits {bits}: expected one of {', '.join(map(str, BITS))}")
+    if block not in BLOCKS:
+        raise OptionError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
+    config = checkpoint.config
+    if config.latent_dim % 2:
+        raise UnsupportedError(
+            f"{checkpoint.path}: its latent cache is {config.latent_dim} numbers wide, expected an even number, "
+            "since it is exported in two halves"
+        )
+    weights = load_weights(checkpoint)
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if progress:
+            progress(steps, config.num_hidden_layers + 1)
+
+    with _new_folder(out, checkpoint.size_bytes) as folder:
+        write_gguf(folder / SETTINGS_FILE, settings_metadata(checkpoint), ())
+        notes = write_settings(folder, checkpoint)  # first, since a damaged vocabulary should not cost an hour
+        with (folder / TENSOR_FILE).open("xb", buffering=1 << 20) as file:
+            g = Builder(TensorFile(file, TENSOR_FILE))
+            storage = Storage(g, bits, block)
+            build_decoder(g, config, weights, storage, half_cache=half_cache, done=count)
+        _write_graph(g.model(__version__), folder / GRAPH_FILE)
+        if optimized:
+            _optimize(folder)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Export(
+        sizes,
+        (*_notes(storage), *notes),
+        {kind: storage.loss.relative_error(kind) for kind in storage.loss.n_weights},
+    )
+
+
+def _write_graph(model: ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
+
+
+def _optimize(folder: Path) -> None:
+    """Replace graph and tensors by what onnxruntime makes of them on this CPU: fused, and packed for its kernels."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise OptionError("--optimized needs onnxruntime; install it by `pip install 'edge-moe[onnx]'`") from None
+    fresh = folder / "optimized"
+    fresh.mkdir()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(fresh / GRAPH_FILE)
+    for key, value in (
+        ("session.save_external_prepacked_constant_initializers", "1"),
+        ("session.optimized_model_external_initializers_file_name", TENSOR_FILE),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+    ):
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    for path in fresh.iterdir():
+        path.replace(folder / path.name)
+    fresh.rmdir()
+
+
+def _notes(storage: Storage) -> Sequence[str]:
+    """What became of the weights, one line for each way."""
+    notes = [f"{storage.n_lossless / 1e6:.1f} M weights repacked without loss"] if storage.n_lossless else []
+    for kind, n_weights in storage.loss.n_weights.items():
+        error = 100 * storage.loss.relative_error(kind)
+        notes.append(f"{n_weights / 1e6:.1f} M weights rounded from {kind}, relative error {error:.2f} %")
+    notes += [f"{n_weights / 1e6:.1f} M weights kept as f32: {why}" for why, n_weights in storage.n_float.items()]
+    return notes
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends well, and of which nothing stays otherwise.
+
+    Raises OptionError when it cannot be written, or something is there already.
+    """
+    fresh = out.absolute().with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.part")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OptionError(f"{out}: exists already; name a new folder, or remove that one")
+        fresh.mkdir()
+        try:
+            yield fresh
+            for path in fresh.iterdir():
+                _sync(path)
+            fresh.replace(out)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise OptionError(
+            f"{out}: cannot be written: {error.strerror or error}; "
+            f"about {n_bytes} bytes need a folder with room for them"
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

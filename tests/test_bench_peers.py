@@ -1,0 +1,175 @@
+"""The comparison with llama.cpp: order of the runs, the log after a cut, the bound, what is read of both programs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from edge_moe.api import embedded_model_path
+
+TOOLS = Path(__file__).parent.parent / "tools"
+GOLDEN = Path(__file__).parent / "golden"
+SETUP = {"model": "m.gguf", "threads": 2}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import bench_peers
+
+    return bench_peers
+
+
+class Engines:
+    """Speeds that grow with each call, and a record of who was called."""
+
+    def __init__(self, bench, stop_after=10**9):
+        self.calls, self.stop_after = [], stop_after
+        self.speeds = {bench.OURS: self.caller(bench.OURS), bench.THEIRS: self.caller(bench.THEIRS)}
+
+    def caller(self, who):
+        def speed(test):
+            if len(self.calls) == self.stop_after:
+                raise KeyboardInterrupt
+            self.calls.append((who, test.name))
+            return float(len(self.calls))
+
+        return speed
+
+    def read(self):
+        return 1e10
+
+
+def test_both_take_turns(bench, tmp_path):
+    tests = [bench.Test("tg", 8, 256), bench.Test("pp", 32)]
+    log, engines = bench.Log(tmp_path / "log.jsonl", SETUP), Engines(bench)
+    steps = []
+    bench.measure(log, tests, 2, engines.speeds, engines.read, lambda *step: steps.append(step[:2]))
+    first = [(bench.OURS, "tg8@d256"), (bench.THEIRS, "tg8@d256"), (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
+    second = [(bench.THEIRS, "tg8@d256"), (bench.OURS, "tg8@d256"), (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
+    assert engines.calls == first + second
+    assert steps == [(i, 10) for i in range(10)]
+
+
+@pytest.mark.parametrize("torn", ["", '{"round": 2, "who": "edge', '{"round": 2}'])
+def test_a_cut_run_goes_on_where_it_stopped(bench, tmp_path, torn):
+    tests = [bench.Test("tg", 8), bench.Test("pp", 32)]
+    path = tmp_path / "log.jsonl"
+    stopped = Engines(bench, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.read)
+    path.write_text(path.read_text() + torn)
+    rest = Engines(bench)
+    log = bench.Log(path, SETUP)
+    bench.measure(log, tests, 3, rest.speeds, rest.read)
+    whole = Engines(bench)
+    bench.measure(bench.Log(tmp_path / "whole.jsonl", SETUP), tests, 3, whole.speeds, whole.read)
+    assert stopped.calls + rest.calls == whole.calls
+    again = Engines(bench, stop_after=0)
+    bench.measure(bench.Log(path, SETUP), tests, 3, again.speeds, again.read)  # nothing is left to do
+    assert bench.Log(path, SETUP).entries == log.entries
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_log_of_another_setup_is_refused(bench, tmp_path):
+    bench.Log(tmp_path / "log.jsonl", SETUP)
+    with pytest.raises(bench.ToolError, match=r"log\.jsonl: is of another setup \(threads differ\)"):
+        bench.Log(tmp_path / "log.jsonl", SETUP | {"threads": 4})
+
+
+def test_medians_ratios_and_bounds(bench, tmp_path):
+    log, test = bench.Log(tmp_path / "log.jsonl", SETUP), bench.Test("tg", 11, 100)
+    for number, (ours, theirs, read) in enumerate([(10, 5, 4e9), (12, 8, 2e9), (20, 4, 3e9)], start=1):
+        for who, name, value in ((bench.OURS, test.name, ours), (bench.THEIRS, test.name, theirs)):
+            log.add({"round": number, "who": who, "test": name, "value": value})
+        log.add({"round": number, "who": "memory", "test": "read", "value": read})
+    found = bench.report(log, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
+    (row,) = found["tests"]
+    assert (row["ours_tok_per_s"], row["llama_tok_per_s"], row["ratio"]) == (12, 5, 2)
+    assert (row["ratio_min"], row["ratio_max"]) == (1.5, 5)
+    assert row["bytes_per_token"] == 1000 + 4 * (100 + 5)  # halfway through the 11 tokens
+    assert row["bound_tok_per_s"] == 3e9 / row["bytes_per_token"]
+    bench.plot(tmp_path / "plot.svg", "title", found)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_bytes_of_a_token_are_those_of_the_file(bench):
+    """Counted by the gguf package: all tensors but the embeddings, of the routed experts 4 out of 16."""
+    path = embedded_model_path()
+    reader = gguf.GGUFReader(path)
+    used = reader.fields["deepseek2.expert_used_count"].contents()
+    count = reader.fields["deepseek2.expert_count"].contents()
+    latent = 0
+    expected = 0
+    for tensor in reader.tensors:
+        share = used / count if "_exps" in tensor.name else 1
+        tied = all(each.name != "output.weight" for each in reader.tensors)
+        expected += tensor.n_bytes * share if tied or tensor.name != "token_embd.weight" else 0
+        latent += tensor.shape[1] if "attn_kv_a_mqa" in tensor.name else 0
+    traffic = bench.traffic_of(path, "bf16")
+    assert traffic.weights_bytes == pytest.approx(expected, rel=1e-9)
+    assert traffic.cache_bytes_per_position == pytest.approx(2 * latent, rel=0.01)
+    assert traffic.bytes_at(10) == traffic.weights_bytes + 10 * traffic.cache_bytes_per_position
+
+
+def test_the_memory_is_really_read(bench):
+    words = np.arange(100_003, dtype=np.uint64)
+    for n_parts in (1, 2, 3):
+        assert bench.sum_words(words, n_parts) == 100_002 * 100_003 // 2
+    assert 1e8 < bench.read_bytes_per_s(1, 1 << 24) < 1e13
+
+
+def options(bench, *words):
+    return bench.parse_arguments([str(GOLDEN / "v2_lite.gguf"), *words])
+
+
+def test_our_own_speed(bench):
+    assert bench.our_speed(options(bench, "-t", "1"), bench.Test("tg", 3, 8)) > 0
+
+
+LLAMA_ENTRY = {"n_prompt": 0, "n_gen": 8, "n_depth": 256, "avg_ts": 6.0, "samples_ts": [5.0, 4.0, 9.0]}
+
+
+def test_llama_bench_is_asked_and_read(bench, monkeypatch):
+    asked = []
+
+    def run(command):
+        asked.append([str(word) for word in command])
+        return "warning: a debug build\n" + json.dumps([LLAMA_ENTRY], indent=2) + "\n"
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "find_tool", lambda name, folder: Path(name))
+    args = options(bench, "-t", "2", "--kv", "int8", "-r", "3")
+    assert bench.llama_speed(args, bench.Test("tg", 8, 256)) == 5.0
+    line = " ".join(asked[0])
+    assert "-p 0 -n 8 -d 256 -r 3 -o json -t 2 -ctk q8_0" in line
+    with pytest.raises(bench.ToolError, match=r"measured \[\(0, 8, 256\)\], expected pp8"):
+        bench.llama_speed(args, bench.Test("pp", 8))
+    monkeypatch.setattr(bench, "run", lambda command: "segmentation fault")
+    with pytest.raises(bench.ToolError, match="llama-bench printed no JSON"):
+        bench.llama_speed(args, bench.Test("tg", 8, 256))
+
+
+def test_bad_input_is_one_line(bench, tmp_path, capsys):
+    model = str(GOLDEN / "v2_lite.gguf")
+    for argv, words in [
+        ([str(tmp_path / "no.gguf")], "no.gguf"),
+        ([model, "--llama", str(tmp_path)], "llama-bench is not in"),
+    ]:
+        assert bench.main(argv) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("llama-bench") is None, reason="llama-bench is not on PATH")
+def test_a_round_with_llama_bench(bench, tmp_path, capsys):
+    words = ["--rounds", "1", "--contexts", "0", "--prompts", "16", "-n", "4", "--log", str(tmp_path / "x.jsonl")]
+    assert bench.main([str(embedded_model_path()), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["test"] for row in found["tests"]] == ["tg4", "pp16"]
+    assert all(row["ratio"] > 0 for row in found["tests"])

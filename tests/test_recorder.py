@@ -1,0 +1,122 @@
+"""One token's recorded pass, replayed, gives what the same operations give one by one."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edge_moe
+from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.recorder import Program
+from edge_moe.errors import ShapeError
+from edge_moe.models.deepseek2 import DeepseekV2, load_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.gguf"))
+
+
+class OneByOne(CpuBackend):
+    """The operations as they are run for many tokens, for each single token."""
+
+    def run(self, compute, token_ids, cache, all_logits):
+        return compute(self, token_ids, cache, all_logits)
+
+
+def passes(path, threads):
+    """The same model with recorded passes, and without."""
+    model = edge_moe.load(path, threads=threads)
+    config, weights = model.config, load_weights(model.checkpoint)
+    return model, DeepseekV2(config, weights, CpuBackend(threads)), DeepseekV2(config, weights, OneByOne(threads))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_equals_operations(name, threads):
+    model, recorded, plain = passes(GOLDEN / f"{name}.gguf", threads)
+    caches = [model.new_cache(24), model.new_cache(24)]
+    for token_id in np.random.default_rng(1).integers(0, model.config.vocab_size, 24):
+        ids = np.array([token_id])
+        np.testing.assert_array_equal(recorded.forward(ids, caches[0]), plain.forward(ids, caches[1]))
+
+
+def test_threads_share_the_work_of_a_larger_model():
+    """The embedded model has steps that are shared: results stay the same, over and over."""
+    results = []
+    for threads in (1, 2):
+        model, recorded, _ = passes(None, threads)
+        cache = model.new_cache(128)
+        recorded.forward(np.arange(40), cache)
+        results.append([recorded.forward(np.array([i]), cache) for i in range(60)])
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+MANY_THREADS = """
+import numpy as np, edge_moe
+logits = []
+for threads in (1, 8):
+    model = edge_moe.load(threads=threads)
+    cache = model.new_cache(64)
+    logits.append([model.forward(np.array([i]), cache) for i in range(40)])
+np.testing.assert_array_equal(logits[0], logits[1])
+"""
+
+
+def test_more_threads_than_cores():
+    """Threads that wait for their turn on a core neither hang nor change a result."""
+    subprocess.run(
+        [sys.executable, "-c", MANY_THREADS], env=os.environ | {"NUMBA_NUM_THREADS": "8"}, check=True, timeout=120
+    )
+
+
+def test_caches_are_forgotten_and_cut():
+    model, recorded, _ = passes(GOLDEN / f"{NAMES[0]}.gguf", 1)
+    one, other = model.new_cache(16), model.new_cache(16)
+    first = [recorded.forward(np.array([i]), one) for i in (3, 5, 7)]
+    again = [recorded.forward(np.array([i]), other) for i in (3, 5, 7)]
+    np.testing.assert_array_equal(first, again)
+    one.truncate(1)
+    np.testing.assert_array_equal(recorded.forward(np.array([5]), one), first[1])
+    assert not np.array_equal(recorded.forward(np.array([4]), one), first[2])
+
+    gone = weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None, "a recorded pass must not keep its cache"
+
+
+def test_logits_of_different_tokens_are_different_arrays():
+    model, recorded, _ = passes(GOLDEN / f"{NAMES[0]}.gguf", 1)
+    cache = model.new_cache(4)
+    first = recorded.forward(np.array([3]), cache)
+    kept = first.copy()
+    recorded.forward(np.array([9]), cache)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_pass_that_computes_by_itself_is_noticed():
+    """The test of replay can fail: numpy between the operations is baked into the recorded pass."""
+    model, recorded, _ = passes(GOLDEN / f"{NAMES[0]}.gguf", 1)
+
+    def compute(ops, token_ids, cache, all_logits):
+        return ops.embed(recorded.weights.embed_tokens, token_ids + 1)
+
+    cache = model.new_cache(4)
+    program = Program(compute, cache)
+    wrong = [program.run(i, 0, 1) for i in (1, 2)]
+    assert np.array_equal(wrong[0], wrong[1])
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [10**9], [1] * 5])
+def test_forward_refuses_what_would_leave_its_memory(ids):
+    model = edge_moe.load(GOLDEN / f"{NAMES[0]}.gguf", threads=1)
+    cache = model.new_cache(4)
+    with pytest.raises(ShapeError):
+        model.forward(np.array(ids, np.int64), cache)
+    model.forward(np.array([1, 2, 3, 4]), cache)
+    with pytest.raises(ShapeError, match="room for 1 to 0"):
+        model.forward(np.array([1]), cache)

@@ -1,0 +1,412 @@
+"""Measures edge_moe and llama.cpp on one file in turn, and how far both are from what the memory allows.
+
+    python tools/bench_peers.py model.gguf --llama llama/bin --rounds 5 --contexts 0,1024,4096,16384 \\
+        --prompts 128,512,2048 --log model.jsonl --plot speed.png
+
+Each round runs `edge-moe bench` and `llama-bench` one after the other for every test, and who begins changes from round
+to round, so that a busy or throttled machine hits both. A figure is the median of the rounds. Every result is
+appended to the log at once: called again with the same setup, the program goes on where it was stopped, and a
+larger --rounds adds rounds.
+
+The bound of generation is the measured speed of reading memory divided by the bytes that one token must read: all
+weights but the embeddings and the idle experts, and the latent cache. A model that fits the processor's cache may
+exceed it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
+from numba import prange
+
+from edge_moe.cli.report import Display, format_bytes, write_json
+from edge_moe.config import KV_KINDS
+from edge_moe.errors import EdgeMoeError
+from edge_moe.kernels.jit import parallel_kernel
+
+OURS, THEIRS = "edge_moe", "llama.cpp"
+CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
+READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
+READ_PASSES = 5
+
+
+@dataclass(frozen=True)
+class Test:
+    """Reading a prompt of n_tokens ("pp"), or generating n_tokens behind `depth` tokens of context ("tg")."""
+
+    kind: str
+    n_tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.n_tokens}" + (f"@d{self.depth}" if self.depth else "")
+
+
+# ---- running the two
+
+
+def our_speed(args: argparse.Namespace, test: Test) -> float:
+    """Tokens per second by `edge-moe bench`."""
+    prompt, generated = (test.n_tokens, 0) if test.kind == "pp" else (0, test.n_tokens)
+    words = ["-p", prompt, "-n", generated, "-d", test.depth, "-r", args.repetitions, "--json"]
+    words += ["-t", args.threads] if args.threads else []
+    words += ["--kv", args.kv] if args.kv else []
+    output = run([sys.executable, "-m", "edge_moe", "bench", args.model, *map(str, words)])
+    entries = json_in(output, "[", "edge-moe bench")
+    if len(entries) != 1 or entries[0]["test"] != test.name:
+        raise ToolError(f"edge-moe bench measured {[each['test'] for each in entries]}, expected {test.name}")
+    return float(entries[0]["tok_per_s"])
+
+
+def llama_speed(args: argparse.Namespace, test: Test) -> float:
+    """Tokens per second by llama-bench: the median of its runs."""
+    prompt, generated = (test.n_tokens, 0) if test.kind == "pp" else (0, test.n_tokens)
+    words = ["-p", prompt, "-n", generated, "-d", test.depth, "-r", args.repetitions, "-o", "json"]
+    words += ["-t", args.threads] if args.threads else []
+    words += ["-ctk", CACHE_TYPES[args.kv]] if args.kv else []
+    output = run([find_tool("llama-bench", args.llama), "-m", args.model, *map(str, words)])
+    entries = json_in(output, "[", "llama-bench")
+    sizes = [(each["n_prompt"], each["n_gen"], each["n_depth"]) for each in entries]
+    if sizes != [(prompt, generated, test.depth)]:
+        raise ToolError(f"llama-bench measured {sizes}, expected {test.name}")
+    return float(statistics.median(entries[0]["samples_ts"]))
+
+
+def json_in(output: str, start: str, program: str) -> Any:
+    """The JSON document that begins a line of a program's output, between what it says on standard error."""
+    at = 0 if output.startswith(start) else output.find("\n" + start) + 1
+    try:
+        return json.JSONDecoder().raw_decode(output[at:])[0]
+    except ValueError:
+        raise ToolError(f"{program} printed no JSON: {output[:200]!r}") from None
+
+
+# ---- the memory
+
+
+@parallel_kernel
+def sum_words(words, n_parts):
+    """Read all of words u64[N] in n_parts side by side; returns their sum, so that no read can be left out."""
+    part = (words.size + n_parts - 1) // n_parts
+    sums = np.zeros(n_parts, np.uint64)
+    for p in prange(n_parts):
+        total = np.uint64(0)
+        for i in range(p * part, min(words.size, (p + 1) * part)):
+            total += words[i]
+        sums[p] = total
+    return sums.sum()
+
+
+def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
+    """The best speed of reading n_bytes of memory in order with `threads` threads."""
+    import psutil
+
+    from edge_moe.kernels.elementwise import set_threads
+
+    n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
+    words = np.ones(n_bytes // 8, np.uint64)  # ones, not zeros: untouched pages would all be the same one
+    set_threads(threads)
+    best = 0.0
+    for _ in range(READ_PASSES + 1):
+        started = time.perf_counter()
+        total = sum_words(words, threads)
+        if int(total) != words.size:
+            raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
+        best = max(best, words.nbytes / (time.perf_counter() - started))
+    return best
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one token reads: of the weights always, of the latent cache for each token of context."""
+
+    weights_bytes: int
+    cache_bytes_per_position: float
+
+    def bytes_at(self, depth: float) -> float:
+        """Bytes read by a token behind `depth` tokens."""
+        return self.weights_bytes + depth * self.cache_bytes_per_position
+
+
+def traffic_of(path: Path, kv: str) -> Traffic:
+    """What the model's config and tensor sizes say. Raises FormatError, UnsupportedError."""
+    from edge_moe import plan
+    from edge_moe.checkpoint import open_checkpoint
+    from edge_moe.latent_cache import latent_cache_bytes
+    from edge_moe.models.deepseek2 import load_weights
+
+    checkpoint = open_checkpoint(path)
+    _, weights_bytes = plan.active_weights(checkpoint.config, plan.parts(load_weights(checkpoint)))
+    return Traffic(weights_bytes, latent_cache_bytes(checkpoint.config, 1024, kv) / 1024)
+
+
+# ---- the log
+
+
+class Log:
+    """Results of finished measurements in a file of JSON lines; the first line says of what."""
+
+    def __init__(self, path: Path, setup: dict[str, Any]) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        whole = lines[:-1]  # what follows the last line end was cut off while it was written
+        if whole:
+            found = json.loads(whole[0])
+            differing = sorted(key for key in setup if found.get(key) != setup[key])
+            if differing:
+                raise ToolError(
+                    f"{path}: is of another setup ({', '.join(differing)} differ); name another --log, or remove it"
+                )
+            self.entries = [json.loads(line) for line in whole[1:]]
+        if lines[-1:] != [""] or not whole:
+            text = "".join(line + "\n" for line in whole) if whole else json.dumps(setup) + "\n"
+            partial = path.with_name(path.name + ".part")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append a result; it is on the disk when this returns."""
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def has(self, round_number: int, who: str, test: str) -> bool:
+        """Whether a measurement is there already."""
+        return any((each["round"], each["who"], each["test"]) == (round_number, who, test) for each in self.entries)
+
+    def values(self, who: str, test: str) -> dict[int, float]:
+        """Results of a test by round."""
+        return {each["round"]: each["value"] for each in self.entries if (each["who"], each["test"]) == (who, test)}
+
+
+def measure(
+    log: Log,
+    tests: Sequence[Test],
+    rounds: int,
+    engines: dict[str, Callable[[Test], float]],
+    read_speed: Callable[[], float],
+    show: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> None:
+    """Run what the log does not have yet: each round the memory, then each test by both, in turn."""
+    total = rounds * (1 + len(tests) * len(engines))
+    done = 0
+    for number in range(1, rounds + 1):
+        order = list(engines) if number % 2 else list(engines)[::-1]
+        jobs = [("memory", "read", read_speed)]
+        jobs += [(who, test.name, lambda who=who, test=test: engines[who](test)) for test in tests for who in order]
+        for who, name, job in jobs:
+            if not log.has(number, who, name):
+                show(done, total, f"round {number}, {who} {name}")
+                log.add({"round": number, "who": who, "test": name, "value": job()})
+            done += 1
+
+
+# ---- the report
+
+
+def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
+    """Medians, ratios and bounds."""
+    bandwidth = statistics.median(log.values("memory", "read").values())
+    rows = []
+    for test in tests:
+        ours, theirs = log.values(OURS, test.name), log.values(THEIRS, test.name)
+        ratios = [ours[number] / theirs[number] for number in sorted(ours) if number in theirs]
+        row: dict[str, Any] = {
+            "test": test.name,
+            **dataclasses.asdict(test),
+            "ours_tok_per_s": statistics.median(ours.values()),
+            "ours_runs": list(ours.values()),
+            "llama_tok_per_s": statistics.median(theirs.values()),
+            "llama_runs": list(theirs.values()),
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+        if test.kind == "tg":
+            row["bytes_per_token"] = traffic.bytes_at(test.depth + (test.n_tokens - 1) / 2)
+            row["bound_tok_per_s"] = bandwidth / row["bytes_per_token"]
+        rows.append(row)
+    return {"read_bytes_per_s": bandwidth, "weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
+
+
+def print_report(title: str, found: dict[str, Any]) -> None:
+    """The table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("test")
+    for column in ("edge_moe tok/s", "llama.cpp tok/s", "ratio (range)", "memory's bound", "of the bound"):
+        table.add_column(column, justify="right")
+    for row in found["tests"]:
+        cells = [
+            row["test"],
+            f"{row['ours_tok_per_s']:.2f}",
+            f"{row['llama_tok_per_s']:.2f}",
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+        ]
+        if "bound_tok_per_s" in row:
+            bound = row["bound_tok_per_s"]
+            cells += [f"{bound:.1f}", f"{100 * row['ours_tok_per_s'] / bound:.0f} %"]
+        table.add_row(*cells)
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: cells must not be cut there
+    console.print(table)
+    read, weights = found["read_bytes_per_s"], found["weights_bytes_per_token"]
+    console.print(f"memory reads {format_bytes(read)}/s, a token reads {format_bytes(weights)} of weights")
+
+
+def plot(path: Path, title: str, found: dict[str, Any]) -> None:
+    """Generation against context, and prompt speed against its length, in one picture. Raises ToolError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ToolError("--plot needs matplotlib: pip install 'edge-moe[plots]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("tg", "depth", "tokens of context", "generation (tok/s)"),
+        ("pp", "n_tokens", "tokens of prompt", "prompt (tok/s)"),
+    ]
+    panels = [panel for panel in panels if any(row["kind"] == panel[0] for row in found["tests"])]
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, (kind, size, x_label, y_label) in zip(all_axes[0], panels, strict=True):
+        rows = sorted((row for row in found["tests"] if row["kind"] == kind), key=lambda row: row[size])
+        x = [row[size] for row in rows]
+        for name, key, marker in ((OURS, "ours", "o"), (THEIRS, "llama", "s")):
+            middle = np.array([row[f"{key}_tok_per_s"] for row in rows])
+            runs = [row[f"{key}_runs"] for row in rows]
+            reach = [middle - [min(each) for each in runs], [max(each) for each in runs] - middle]
+            axes.errorbar(x, middle, reach, marker=marker, capsize=2, label=name)
+        if kind == "tg":
+            axes.plot(x, [row["bound_tok_per_s"] for row in rows], "k:", label="memory's bound")
+        else:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [str(n) for n in x])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_ylim(bottom=0)
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---- the command
+
+
+def sizes(low: int) -> Callable[[str], list[int]]:
+    """An argparse type: whole numbers from `low` on, separated by commas, or nothing."""
+
+    def parse(text: str) -> list[int]:
+        values = [int(part) for part in text.split(",") if part]
+        if any(value < low for value in values):
+            raise argparse.ArgumentTypeError(f"expected numbers of at least {low}, found {text!r}")
+        return values
+
+    return parse
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    head, _, body = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head,
+        epilog=f"{body}\nllama.cpp's programs: {HOW_TO_BUILD}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a .gguf file that both can run")
+    add("--llama", metavar="DIR", type=Path, help="folder of llama-bench (default: PATH)")
+    add("-t", "--threads", metavar="N", type=int, help="threads of both (default: one per physical core)")
+    add("--rounds", metavar="N", type=int, default=3, help="rounds (default 3)")
+    add("--contexts", metavar="N,N", type=sizes(0), default="0,1024,4096,16384", help="tokens before generation")
+    add("--prompts", metavar="N,N", type=sizes(1), default="128,512,2048", help="tokens of the prompts")
+    add("-n", "--n-gen", metavar="N", type=int, default=32, help="tokens to generate (default 32)")
+    add("-r", "--repetitions", metavar="N", type=int, default=1, help="runs within a round (default 1)")
+    add(
+        "--kv",
+        choices=[kind for kind in KV_KINDS if kind in CACHE_TYPES],
+        help="latent cache of both (default: each's own)",
+    )
+    add("--log", metavar="FILE", type=Path, help="JSON lines of the results (default MODEL's name with .bench.jsonl)")
+    add("--plot", metavar="FILE", type=Path, help="write speed against context and prompt length (PNG or SVG)")
+    add("--json", action="store_true", help="print one JSON document instead of the table")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.n_gen < 1 or args.repetitions < 1:
+        parser.error("--rounds, -n and -r: expected at least 1")
+    return args
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Measure what is missing, print. Raises ToolError and the errors of edge_moe."""
+    from edge_moe.api import default_threads
+
+    args.threads = args.threads or default_threads()
+    traffic = traffic_of(args.model, args.kv or KV_KINDS[0])  # first of all, as it reads the model's header
+    find_tool("llama-bench", args.llama)
+    tests = [Test("tg", args.n_gen, depth) for depth in args.contexts] + [Test("pp", n) for n in args.prompts]
+    if not tests:
+        raise ToolError("nothing to measure: --contexts and --prompts are both empty")
+    status = args.model.stat()
+    setup = {
+        "model": str(args.model.resolve()),
+        "model_bytes": status.st_size,
+        "threads": args.threads,
+        "kv": args.kv,
+        "repetitions": args.repetitions,
+    }
+    log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
+    engines = {OURS: lambda test: our_speed(args, test), THEIRS: lambda test: llama_speed(args, test)}
+    with Display() as display:
+
+        def show(done: int, total: int, what: str) -> None:
+            display.show("measuring", done, total, what)
+
+        measure(log, tests, args.rounds, engines, lambda: read_bytes_per_s(args.threads), show)
+    found = report(log, tests, traffic)
+    rounds = max(entry["round"] for entry in log.entries)
+    title = f"{args.model.name}, {args.threads} threads, latent cache {args.kv or 'by default'}, {rounds} rounds"
+    if args.json:
+        write_json({**setup, "rounds": rounds, **found})
+    else:
+        print_report(title, found)
+    if args.plot is not None:
+        plot(args.plot, title, found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    try:
+        execute(parse_arguments(argv))
+    except (ToolError, EdgeMoeError) as error:
+        print(f"bench_peers: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"bench_peers: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench_peers: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
