@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "measure prompt and generation speed",
     "eval": "measure perplexity, and the divergence from a reference model",
     "convert": "turn a Hugging Face checkpoint into a GGUF file",
+    "quantize": "make a GGUF file smaller: 2- to 8-bit blocks",
     "export": "write a model as an ONNX folder",
 }
 BAD_INPUT = 2

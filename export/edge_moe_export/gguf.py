@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edge_moe.errors import OptionError, ShapeError
+from edge_moe.errors import FormatError, OptionError, ShapeError
 from edge_moe.formats import BlockFormat
 
 ALIGNMENT = 32
@@ -53,21 +53,35 @@ def write_gguf(
     tensors: Sequence[NewTensor],
     *,
     progress: Callable[[int, int, str], None] | None = None,
+    resume_key: str | None = None,
 ) -> int:
     """Write a file and return its size in bytes; an existing file is replaced at the very end.
 
     Values of `metadata`: str, bool, int (u32 or, below 0, i32), float (f32), numpy scalars and arrays for every other
-    number type, and sequences of str. `progress(done_bytes, total_bytes, tensor_name)` is called after each part.
+    number type, sequences of str, and bytes: a value with its type as another file has it.
+    `progress(done_bytes, total_bytes, tensor_name)` is called after each part. With resume_key, which stands for all
+    that decides the content, an interrupted run leaves what it has, and the next one with the same key goes on behind
+    the last whole tensor.
     Raises OptionError when the file cannot be written (no such folder, no space), ShapeError for values or tensors that
     a GGUF file cannot hold. Source: GGUF specification.
     """
     header, starts, end = _layout(metadata, tensors)
     total_bytes = len(header) + end
-    _check_space(path, total_bytes)
-    with _replacing(path, total_bytes) as file:
-        file.write(header)
+    ends = [len(header) + each for each in [*starts, end][1:]]
+    with contextlib.ExitStack() as stack:
+        if resume_key is None:
+            _check_space(path, total_bytes)
+            file, kept_bytes = stack.enter_context(_replacing(path, total_bytes)), 0
+        else:
+            whole = [len(header), *ends]
+            file, kept_bytes = stack.enter_context(_continuing(path, resume_key, whole))
+        if not kept_bytes:
+            file.write(header)
         done_bytes = len(header)
-        for tensor, start, following in zip(tensors, starts, [*starts[1:], end], strict=True):
+        for tensor, start, following in zip(tensors, starts, [*starts, end][1:], strict=True):
+            if len(header) + following <= kept_bytes:
+                done_bytes = len(header) + following
+                continue
             n_written = 0
             for part in tensor.parts():
                 if part.dtype != np.uint8:
@@ -123,6 +137,8 @@ def _string(text: str) -> bytes:
 
 def _value(key: str, value: Any) -> bytes:
     """A value's type and bytes."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, bool):
@@ -186,6 +202,66 @@ def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
             f"{path}: cannot be written: {error.strerror or error}; "
             f"its {n_bytes} bytes need a folder with room for them"
         ) from None
+    _sync_folder(path)
+
+
+@contextlib.contextmanager
+def _continuing(path: Path, key: str, whole_bytes: Sequence[int]) -> Iterator[tuple[BinaryIO, int]]:
+    """A file `.NAME.part` that stays when the block is cut short, and the bytes in it that need not be written again.
+
+    whole_bytes: the sizes that it has after the header and after each tensor. `.NAME.part.key` says whose it is.
+    """
+    if path.is_dir():
+        raise OptionError(f"{path}: is a folder, expected the name of a new file")
+    fresh, label = (path.with_name(f".{path.name[:100]}.part{suffix}") for suffix in ("", ".key"))
+    try:
+        with fresh.open("ab+", buffering=1 << 20) as file:
+            _lock(file, path)
+            known = label.read_text(encoding="utf-8", errors="replace") if label.exists() else ""
+            size = file.seek(0, os.SEEK_END) if known == key else 0
+            kept_bytes = max((each for each in whole_bytes if each <= size), default=0)
+            if not kept_bytes:
+                label.unlink(missing_ok=True)  # before the content changes: the old key never stands for new bytes
+            file.truncate(kept_bytes)
+            try:
+                _check_space(path, whole_bytes[-1] - kept_bytes)
+            except OptionError:
+                if not kept_bytes:
+                    fresh.unlink()
+                raise
+            if not kept_bytes:
+                label.write_text(key, encoding="utf-8")
+            try:
+                yield file, kept_bytes
+            except (FormatError, ShapeError):  # the next run would meet the same
+                fresh.unlink()
+                label.unlink()
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+            fresh.replace(path)
+        label.unlink(missing_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"{path}: cannot be written: {error.strerror or error}; its {whole_bytes[-1]} bytes need a folder with "
+            f"room for them; what is done stays in {fresh.name}, and the same command goes on from there"
+        ) from None
+    _sync_folder(path)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keep a second run from writing the same file; where the system has no such locks, nothing keeps it."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OptionError(f"{path}: another run is writing it; wait for that one, or choose another name") from None
+
+
+def _sync_folder(path: Path) -> None:
     with contextlib.suppress(OSError):  # so that the new name, too, survives a power cut; not on Windows
         folder = os.open(path.absolute().parent, os.O_RDONLY)
         try:

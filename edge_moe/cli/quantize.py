@@ -1,0 +1,175 @@
+"""`edge-moe quantize`: a GGUF file to one with smaller blocks."""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_moe.cli.options import Parser, add_threads_option, check_model_path, read_text
+from edge_moe.cli.report import Display, format_bytes, format_duration, one_line, print_dim, write_json
+from edge_moe.errors import OptionError
+
+if TYPE_CHECKING:
+    from edge_moe_quant.recipe import Rule
+
+    from edge_moe.formats import BlockFormat
+    from edge_moe.gguf import GGUFFile
+
+_TYPES = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "BF16", "F16", "F32",
+)  # fmt: skip
+
+_DESCRIPTION = """\
+Quantize a GGUF file of F32, F16 or BF16. Each type is a recipe: most tensors get the format in its name, some a better
+one, by llama.cpp's rules; norms and the router stay F32. OUT appears when it is complete. An interrupted run leaves
+.OUT.part, and the same command goes on from there."""
+
+_EXAMPLES = f"""\
+types:
+  {" ".join(_TYPES[:10])}
+  {" ".join(_TYPES[10:])}
+
+examples:
+  edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --imatrix v2-lite.imatrix.gguf
+  edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --tensor-type attn_=Q8_0
+  edge-moe quantize v2-lite-bf16.gguf --type Q4_K_M --print-recipe > recipe.txt
+  edge-moe quantize v2-lite-bf16.gguf v2-lite-mine.gguf --recipe recipe.txt
+
+A recipe in text has a pattern and a type on each line; the last line that fits a tensor counts. A pattern is a tensor's
+name, or else a regular expression that is found anywhere in a name."""
+
+
+def parser(prog: str) -> Parser:
+    """The options of `quantize`."""
+    parser = Parser(
+        prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} SRC.gguf OUT.gguf --type TYPE [options]"
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC.gguf", help="the file to quantize, the first part of a split one")
+    add("out", metavar="OUT.gguf", nargs="?", help="the file to write")
+    add("--type", metavar="TYPE", type=_type_name, help="the recipe (see below)")
+    add("--recipe", metavar="FILE", help="lines that say which tensors get which type; --type is for the rest")
+    add(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        action="append",
+        default=[],
+        help="a type for the tensors that a pattern fits; may be repeated, counts above the recipe",
+    )
+    add("--imatrix", metavar="FILE", help="llama.cpp's importance matrix: which columns matter, for each expert")
+    add("--allow-requantize", action="store_true", help="accept a source that is quantized already, at a loss")
+    add("--print-recipe", action="store_true", help="print the type of each tensor, and write nothing")
+    add_threads_option(parser)
+    add("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _type_name(text: str) -> str:
+    if text.upper() not in _TYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {' '.join(_TYPES)}, found {text!r}")
+    return text.upper()
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Quantize, with a progress bar on a terminal, and say what was written."""
+    from edge_moe_quant.importance import read_importance
+    from edge_moe_quant.quantize import quantize
+    from edge_moe_quant.recipe import FILE_TYPES, RECIPES, ModelFacts, choose_formats, recipe_text
+
+    from edge_moe.gguf import open_gguf
+
+    if args.type is None and args.recipe is None:
+        raise OptionError("say what to make of the model: --type Q4_K_M, or another type, or --recipe FILE")
+    if args.out is None and not args.print_recipe:
+        raise OptionError("name the file to write: edge-moe quantize SRC.gguf OUT.gguf")
+    source = open_gguf(check_model_path(args.source))
+    importance = read_importance(Path(args.imatrix)) if args.imatrix else None
+    shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    formats = choose_formats(
+        shapes, ModelFacts.from_metadata(source.metadata), args.type, _rules(args), has_importance=bool(importance)
+    )
+    if args.print_recipe:
+        return _print_recipe(args, formats, list(recipe_text(formats, shapes)))
+    file_type = RECIPES[args.type][1] if args.type else FILE_TYPES[_commonest(source, formats)]
+    started = time.perf_counter()
+    with Display() as display:
+        display.watch_compilation()
+
+        def show(done_bytes: int, total_bytes: int, tensor_name: str) -> None:
+            display.show("quantizing", done_bytes, total_bytes, tensor_name)
+
+        done = quantize(
+            source,
+            Path(args.out),
+            formats,
+            file_type=file_type,
+            importance=importance,
+            allow_requantize=args.allow_requantize,
+            n_threads=args.threads,
+            progress=show,
+        )
+    seconds = time.perf_counter() - started
+    without = [] if importance is None else [n for n in _encoded(source, formats) if n not in importance.values]
+    if args.json:
+        document: dict[str, Any] = {
+            "path": args.out,
+            "type": args.type,
+            "bytes": done.size_bytes,
+            "source_bytes": source.size_bytes,
+            "tensors": done.n_tensors,
+            "bits_per_weight": done.bits_per_weight,
+            "tensors_without_importance": without,
+            "seconds": seconds,
+        }
+        write_json(document)
+        return 0
+    if without:
+        names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+        print_dim(one_line(f"{args.imatrix} says nothing about {names}"))
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(done.n_tensors.items(), key=lambda kind: -kind[1]))
+    print_dim(
+        f"wrote {one_line(args.out)}: {format_bytes(source.size_bytes)} to {format_bytes(done.size_bytes)}, "
+        f"{done.bits_per_weight:.2f} bits per weight ({kinds}) in {format_duration(seconds)}"
+    )
+    return 0
+
+
+def _rules(args: argparse.Namespace) -> "list[Rule]":
+    from edge_moe_quant.recipe import parse_recipe, parse_rule
+
+    rules = parse_recipe(read_text(args.recipe), args.recipe) if args.recipe else []
+    for text in args.tensor_type:
+        pattern, equals, type_name = text.rpartition("=")
+        if not (pattern and equals and type_name):
+            raise OptionError(f"--tensor-type: expected PATTERN=TYPE, found {text!r}")
+        rules.append(parse_rule(pattern, type_name, "--tensor-type"))
+    return rules
+
+
+def _print_recipe(args: argparse.Namespace, formats: "Mapping[str, BlockFormat]", lines: list[str]) -> int:
+    if args.json:
+        write_json({"type": args.type, "tensors": {name: fmt.name for name, fmt in formats.items()}})
+        return 0
+    print(f"# {args.type or args.recipe} of {Path(args.source).name}: the last line that fits a tensor counts")
+    for line in lines:
+        print(one_line(line))
+    return 0
+
+
+def _commonest(source: "GGUFFile", formats: "Mapping[str, BlockFormat]") -> str:
+    """The format of the most bytes of the source."""
+    sizes: Counter[str] = Counter()
+    for name, entry in source.tensors.items():
+        sizes[formats[name].name] += entry.data.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _encoded(source: "GGUFFile", formats: "Mapping[str, BlockFormat]") -> list[str]:
+    return [
+        name
+        for name, entry in source.tensors.items()
+        if formats[name] is not entry.format and formats[name].name not in ("F32", "F16", "BF16")
+    ]
