@@ -78,7 +78,7 @@ def draw_loss(logs: dict[str, list[dict]], path: Path) -> None:
             continue
         tokens = np.array([r["tokens"] for r in records]) / 1e6
         loss = np.array([r["loss"] for r in records])
-        width = max(1, min(20, len(loss) // 10))
+        width = max(1, min(5, len(loss) // 10))
         smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
         left.plot(tokens, loss, alpha=0.25)
         left.plot(tokens[width - 1 :], smooth, label=f"{label} (mean of {width})")
@@ -113,6 +113,33 @@ def read_log(path: Path) -> list[dict]:
     return list(records.values())
 
 
+def thinned(records: list[dict], every: int = 50_000) -> list[dict]:
+    """Records joined so that one stands for about `every` tokens: means, and the last held-out measurement."""
+    out: list[dict] = []
+    group: list[dict] = []
+    for i, record in enumerate(records):
+        group.append(record)
+        if i + 1 < len(records) and record["tokens"] - group[0]["tokens"] < every:
+            continue
+        joined = {"tokens": record["tokens"]}
+        for key in ("loss", "balance", "lr", "tok_per_s"):
+            joined[key] = round(float(np.mean([r[key] for r in group])), 4)
+        joined |= {r: m[r] for m in group for r in ("bits_per_byte",) if r in m}
+        out.append(joined)
+        group = []
+    return out
+
+
+def committed_log(path: Path, records: list[dict]) -> list[dict]:
+    """The log that is kept with the model, brought up to date: a machine's own log is lost with it."""
+    older = read_log(path)
+    if records:
+        older = [r for r in older if r["tokens"] < records[0]["tokens"]]
+    merged = older + thinned(records)
+    path.write_text("".join(json.dumps(r) + "\n" for r in merged))
+    return merged
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -133,7 +160,7 @@ def main() -> None:
     report = held_out(model, tokenizer)
     total = overall(report)
     decayed = path.parent.name == "decayed"
-    logs = {"stable": read_log(args.cache / "log.jsonl")}
+    logs = {"stable": committed_log(args.out / "training.jsonl", read_log(args.cache / "log.jsonl"))}
     if decayed:
         logs["decay"] = read_log(args.cache / "log_decay.jsonl")
     first_layer = state["config"]["first_k_dense_replace"]
