@@ -249,6 +249,16 @@ def test_general_keys(tmp_path):
     }
 
 
+def test_the_card_names_the_model_before_the_folder_does(tmp_path):
+    folder = tmp_path / "DeepSeek-v2-tiny-Chat"
+    write_hf_checkpoint(folder, "v2_lite")
+    (folder / "README.md").write_text("---\nname: My Model\nmodel_author: Someone\n---\n", encoding="utf-8")
+    convert(folder, tmp_path / "model.gguf", "q8_0")
+    keys = read_gguf(tmp_path / "model.gguf")[0]
+    assert keys["general.name"] == "My Model"
+    assert keys["general.author"] == "Someone"
+
+
 def edited(folder, name, edit):
     """Change one JSON file of a checkpoint."""
     document = json.loads((folder / name).read_text(encoding="utf-8"))

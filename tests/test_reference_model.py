@@ -82,6 +82,7 @@ def test_orthogonalize_brings_singular_values_near_one(tools):
 def test_training_learns_resumes_decays_and_exports(tmp_path):
     for module in ("torch", "transformers", "gguf", "tokenizers"):
         pytest.importorskip(module, reason="the reference model is trained with torch, transformers, tokenizers, gguf")
+    from edge_moe_export.convert import convert
     from gguf import GGUFReader
 
     def run(script: str, *options: object) -> None:
@@ -110,14 +111,15 @@ def test_training_learns_resumes_decays_and_exports(tmp_path):
     assert decayed["loss"] < records[0]["loss"] - 1
 
     run("export.py", "--state", max((tmp_path / "decayed").glob("*.pt")))
-    run("to_gguf.py", "--types", "f32", "q8_0")
-    reader = GGUFReader(tmp_path / "gguf" / "reference-q8_0.gguf")
+    made = tmp_path / "made.gguf"
+    convert(tmp_path / "checkpoint", made, "f32")
+    reader = GGUFReader(made)
     shapes = {t.name: t.shape.tolist() for t in reader.tensors}
     assert shapes["blk.1.ffn_gate_exps.weight"] == [256, 256, 16]
     assert shapes["blk.0.attn_k_b.weight"] == [32, 256, 8]
 
     (tmp_path / "stable").rename(tmp_path / "lost")
-    warm = ("--warm", tmp_path / "gguf" / "reference-f32.gguf", "--warm-tokens", tokens[-1])
+    warm = ("--warm", made, "--warm-tokens", tokens[-1])
     run("train.py", *options, *warm, "--until", tokens[-1] + 512)
     warmed = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert warmed["tokens"] == tokens[-1] + 512

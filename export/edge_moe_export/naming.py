@@ -25,6 +25,8 @@ _TYPE = re.compile(r"i?q\d(_\w)*|b?fp?(16|32)", re.IGNORECASE)
 _SIZE = re.compile(r"((a|\d+x)?\d+([._]\d+)?[kmbt]\d?|small|mini|medium|large|x?xl)", re.IGNORECASE)
 _FINETUNE = re.compile(r"chat|instruct|vision|lora", re.IGNORECASE)
 
+_PARTS = ("name", "author", "version", "organization", "finetune", "basename", "description", "size_label")
+
 
 def describe_model(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Any]:
     """The `general.` keys that follow from the folder's name, its README, generation_config.json and the tensors."""
@@ -39,12 +41,14 @@ def describe_model(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: 
     card = _front_matter(folder / "README.md")
     source = config.get("_name_or_path")
     names = [source] if isinstance(source, str) and source and source.count("/") <= 1 else []
-    parts: dict[str, str] = {}
+    parts = {
+        part: value for part in _PARTS for key in (f"model_{part}", part) if isinstance(value := card.get(key), str)
+    }
     for name in [*names, folder.resolve().name]:
         parts = _parts_of_name(name, n_weights) | parts  # what is known already counts
     parts.setdefault("name", folder.resolve().name)
     parts.setdefault("size_label", _size_label(shapes))
-    for part in ("name", "version", "organization", "finetune", "basename", "size_label"):
+    for part in _PARTS:
         if part in parts:
             keys[f"general.{part}"] = parts[part]
     for theirs, of_licence in (("license", ""), ("license_name", ".name"), ("license_link", ".link")):

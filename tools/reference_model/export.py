@@ -12,6 +12,15 @@ from tokenizer import BOS, EOS, PAD
 from train import newest
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+CARD = """\
+---
+name: edge_moe reference
+license: apache-2.0
+language: en
+---
+The reference model of edge_moe: data, training, figures and limits are in tools/reference_model/MODEL_CARD.md there.
+"""
+
 
 def export(state_path: Path, tokenizer_path: Path, out: Path) -> None:
     """Replace the folder `out` by the checkpoint of one training state."""
@@ -27,6 +36,8 @@ def export(state_path: Path, tokenizer_path: Path, out: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_path), bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=2048
     ).save_pretrained(fresh)
+    (fresh / "README.md").write_text(CARD, encoding="utf-8")
+    (fresh / "model.safetensors").chmod(0o644)
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 

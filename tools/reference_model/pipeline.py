@@ -22,7 +22,9 @@ def make_environment(folder: Path) -> Path:
     done = folder / "complete"
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt", HERE.parent.parent], check=True
+        )
         done.touch()
     return python
 
@@ -30,17 +32,19 @@ def make_environment(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--python", type=Path, help="an interpreter that has the requirements")
-    parser.add_argument("--stable", type=int, default=10_500_000, help="tokens of the stable phase")
-    parser.add_argument("--decay", type=int, default=2_000_000, help="tokens of the decay after it")
+    parser.add_argument("--python", type=Path, help="an interpreter that has the requirements and edge_moe")
+    parser.add_argument("--stable", type=int, default=11_000_000, help="tokens of the stable phase")
+    parser.add_argument("--decay", type=int, default=1_000_000, help="tokens of the decay after it")
     args = parser.parse_args()
     python = args.python or make_environment(args.cache / "venv")
 
-    def step(script: str, *options: object) -> None:
-        command = [python, HERE / script, "--cache", args.cache, *options]
-        done = subprocess.run([str(part) for part in command], check=False)
+    def run(*command: object) -> None:
+        done = subprocess.run([str(part) for part in (python, *command)], check=False)
         if done.returncode:
             sys.exit(done.returncode)
+
+    def step(script: str, *options: object) -> None:
+        run(HERE / script, "--cache", args.cache, *options)
 
     if not (args.cache / "train.jsonl").exists() or not (HERE / "eval.txt").exists():
         step("data.py")
@@ -55,7 +59,12 @@ def main() -> None:
     if not decayed or int(decayed[-1].stem) < int(states[-1].stem) + args.decay:
         sys.exit("the decay was stopped; run this again to repeat it")
     step("export.py", "--state", decayed[-1])
-    step("to_gguf.py")
+    gguf = args.cache / "gguf"
+    gguf.mkdir(exist_ok=True)
+    run("-m", "edge_moe", "convert", args.cache / "checkpoint", gguf / "reference-bf16.gguf")
+    for kind in ("Q8_0", "Q4_K_M"):
+        out = gguf / f"reference-{kind.lower()}.gguf"
+        run("-m", "edge_moe", "quantize", gguf / "reference-bf16.gguf", out, "--type", kind)
     step("card.py", "--state", decayed[-1])
 
 
