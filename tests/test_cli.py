@@ -16,6 +16,7 @@ import pytest
 
 import edge_moe
 from edge_moe import plan
+from edge_moe.api import embedded_model_path
 from edge_moe.cli import main, report
 from edge_moe.cli.answer import stream
 from edge_moe.cli.chat import without_leading_space
@@ -444,7 +445,8 @@ def start(*argv):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_ends_with_the_statistics(as_json):
-    process = start("run", MODEL, "hello", "-n", "240", "--ignore-eos", "-t", "1", *["--json"] * as_json)
+    model = str(embedded_model_path())  # its 1,900 tokens take seconds, so that the signal comes before they end
+    process = start("run", model, "hello", "-n", "1900", "--ignore-eos", "-t", "1", *["--json"] * as_json)
     if as_json:  # nothing tells when it begins; whenever it comes, there is one document or none
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.5)
