@@ -438,8 +438,17 @@ def test_eval_against_saved_logits(capsys, text_file, tmp_path):
 
 def start(*argv):
     return subprocess.Popen(
-        [sys.executable, "-m", "edge_moe", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        [sys.executable, "-m", "edge_moe", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=None if os.name == "nt" else heed_interrupts,
     )
+
+
+def heed_interrupts():
+    """Undo what a shell does to its background jobs: they ignore SIGINT, and so would what the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
