@@ -1,5 +1,6 @@
 """Quantizing files: what is written, runs that are cut short and go on, importance matrices, bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -182,6 +184,36 @@ def test_sigkill(source, tmp_path):
     quantize(source, out, formats_of(source), file_type=7)
     quantize(source, tmp_path / "whole.gguf", formats_of(source), file_type=7)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_killed_at_random_moments(tmp_path):
+    """Twenty times; each run goes on from what the one before left, and the bytes are those of a run left alone."""
+    source, whole, out = tmp_path / "bf16.gguf", tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    checkpoint = Path(__file__).parents[1] / "tools" / "reference_model" / "checkpoint"
+    assert main(["convert", str(checkpoint), str(source), "--type", "bf16"]) == 0
+    command = [sys.executable, "-m", "edge_moe", "quantize", str(source)]
+    subprocess.run([*command, str(whole), "--type", "Q4_K_M"], check=True, capture_output=True)
+    expected, rng, n_killed, n_parts = whole.read_bytes(), np.random.default_rng(0), 0, 0
+    start = time.monotonic()
+    subprocess.run([*command, str(out), "--type", "Q4_K_M"], check=True, capture_output=True)
+    longest_s = time.monotonic() - start
+    out.unlink()
+    while n_killed < 20 or not out.exists():  # the last one is left to finish
+        with subprocess.Popen([*command, str(out), "--type", "Q4_K_M"], stderr=subprocess.DEVNULL) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, longest_s) if n_killed < 20 else None)
+            process.kill()
+        if process.returncode == 0:
+            assert out.read_bytes() == expected
+            if n_killed < 20:
+                out.unlink()
+        else:
+            n_killed += 1
+            n_parts += (tmp_path / ".out.gguf.part").exists()
+    assert n_parts
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16.gguf", "out.gguf", "whole.gguf"]
 
 
 def test_two_runs_do_not_write_the_same_file(source, tmp_path):
