@@ -73,6 +73,10 @@ class Checkpoint:
         entry = self._entry(name, shape)
         return Weight(name, entry.format, entry.shape, entry.data)
 
+    def tensor_name(self, name: str) -> str:
+        """What the file calls the tensor `name` of the model."""
+        return _gguf_name(name)
+
     def vector(self, name: str, size: int) -> np.ndarray:
         """A norm's gain or a bias, decoded to f32[size]. Raises FormatError."""
         entry = self._entry(name, (size,))

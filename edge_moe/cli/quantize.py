@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_moe.cli.options import Parser, add_threads_option, check_model_path, read_text
+from edge_moe.cli.options import Parser, add_threads_option, check_model_path, read_text, whole_number
 from edge_moe.cli.report import Display, format_bytes, format_duration, one_line, print_dim, write_json
 from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
+    from edge_moe_quant.calibrate import Coverage
     from edge_moe_quant.recipe import Rule
+    from edge_moe_quant.store import EncodedStore
 
     from edge_moe.formats import BlockFormat
     from edge_moe.gguf import GGUFFile
@@ -34,6 +36,7 @@ types:
 
 examples:
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --imatrix v2-lite.imatrix.gguf
+  edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --calibrate text.txt --chunks 128
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --tensor-type attn_=Q8_0
   edge-moe quantize v2-lite-bf16.gguf --type Q4_K_M --print-recipe > recipe.txt
   edge-moe quantize v2-lite-bf16.gguf v2-lite-mine.gguf --recipe recipe.txt
@@ -60,6 +63,18 @@ def parser(prog: str) -> Parser:
         help="a type for the tensors that a pattern fits; may be repeated, counts above the recipe",
     )
     add("--imatrix", metavar="FILE", help="llama.cpp's importance matrix: which columns matter, for each expert")
+    add(
+        "--calibrate",
+        metavar="FILE",
+        help="a text; each layer is quantized by what its matrices take in on it, errors of one column made good by "
+        "others (GPTQ)",
+    )
+    add(
+        "--chunks",
+        metavar="N",
+        type=whole_number(1, 1 << 20),
+        help="use only the first N chunks of 512 tokens of that text",
+    )
     add("--allow-requantize", action="store_true", help="accept a source that is quantized already, at a loss")
     add("--print-recipe", action="store_true", help="print the type of each tensor, and write nothing")
     add_threads_option(parser)
@@ -87,9 +102,15 @@ def execute(args: argparse.Namespace) -> int:
         raise OptionError("name the file to write: edge-moe quantize SRC.gguf OUT.gguf")
     source = open_gguf(check_model_path(args.source))
     importance = read_importance(Path(args.imatrix)) if args.imatrix else None
+    if args.chunks is not None and args.calibrate is None:
+        raise OptionError("--chunks: is of the text of --calibrate FILE, which is not given")
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
     formats = choose_formats(
-        shapes, ModelFacts.from_metadata(source.metadata), args.type, _rules(args), has_importance=bool(importance)
+        shapes,
+        ModelFacts.from_metadata(source.metadata),
+        args.type,
+        _rules(args),
+        has_importance=bool(importance or args.calibrate),
     )
     if args.print_recipe:
         return _print_recipe(args, formats, list(recipe_text(formats, shapes)))
@@ -101,16 +122,20 @@ def execute(args: argparse.Namespace) -> int:
         def show(done_bytes: int, total_bytes: int, tensor_name: str) -> None:
             display.show("quantizing", done_bytes, total_bytes, tensor_name)
 
+        coverage, store = _calibrated(args, source, formats, display) if args.calibrate else (None, None)
         done = quantize(
             source,
             Path(args.out),
             formats,
             file_type=file_type,
             importance=importance,
+            store=store,
             allow_requantize=args.allow_requantize,
             n_threads=args.threads,
             progress=show,
         )
+    if store is not None:
+        store.remove()
     seconds = time.perf_counter() - started
     without = [] if importance is None else [n for n in _encoded(source, formats) if n not in importance.values]
     if args.json:
@@ -124,17 +149,58 @@ def execute(args: argparse.Namespace) -> int:
             "tensors_without_importance": without,
             "seconds": seconds,
         }
+        if coverage is not None:
+            document["calibration_tokens"] = coverage.n_tokens
+            document["expert_hits"] = {str(layer): hits.tolist() for layer, hits in coverage.hits.items()}
+            document["experts_seldom_hit"] = coverage.seldom
         write_json(document)
         return 0
     if without:
         names = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
         print_dim(one_line(f"{args.imatrix} says nothing about {names}"))
+    if coverage is not None:
+        _print_coverage(args, coverage)
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(done.n_tensors.items(), key=lambda kind: -kind[1]))
     print_dim(
         f"wrote {one_line(args.out)}: {format_bytes(source.size_bytes)} to {format_bytes(done.size_bytes)}, "
         f"{done.bits_per_weight:.2f} bits per weight ({kinds}) in {format_duration(seconds)}"
     )
     return 0
+
+
+def _calibrated(
+    args: argparse.Namespace, source: "GGUFFile", formats: "Mapping[str, BlockFormat]", display: Display
+) -> "tuple[Coverage, EncodedStore]":
+    from edge_moe_quant.calibrate import calibrate, text_windows
+    from edge_moe_quant.quantize import calibration_key
+    from edge_moe_quant.store import EncodedStore
+
+    from edge_moe.api import default_threads
+    from edge_moe.checkpoint import Checkpoint
+    from edge_moe.tokenizer import Tokenizer
+
+    checkpoint = Checkpoint(source)
+    tokenizer = Tokenizer.from_metadata(source.metadata, source.path)
+    length = min(512, checkpoint.config.max_position_embeddings)
+    windows = text_windows(tokenizer, read_text(args.calibrate), length, args.chunks)
+    out = Path(args.out)
+    store = EncodedStore(out.parent / f".{out.name}.calibrated", calibration_key(source, formats, windows))
+
+    def show(done: int, total: int, what: str) -> None:
+        display.show("calibrating", done, total, what)
+
+    threads = args.threads or default_threads()
+    return calibrate(checkpoint, windows, formats, store, n_threads=threads, progress=show), store
+
+
+def _print_coverage(args: argparse.Namespace, coverage: "Coverage") -> None:
+    line = f"calibrated on {coverage.n_tokens} tokens; the least used expert had {coverage.least}"
+    if coverage.seldom:
+        line += (
+            f"; {coverage.seldom} experts had too few for error compensation and were searched by their layer's "
+            f"figures: a longer or more varied text than {args.calibrate} would help"
+        )
+    print_dim(one_line(line))
 
 
 def _rules(args: argparse.Namespace) -> "list[Rule]":

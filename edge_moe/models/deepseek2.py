@@ -183,14 +183,14 @@ class DeepseekV2:
         h = ops.embed(self.weights.embed_tokens, token_ids)
         for index, layer in enumerate(self.weights.layers):
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self._attention(ops, layer.self_attn, x, cos, sin, cache, index))
+            h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index))
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self._feed_forward(ops, layer.mlp, x))
+            h = ops.add(h, self.feed_forward(ops, layer.mlp, x))
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
 
-    def _attention(
+    def attention(
         self,
         ops: Operations,
         w: Attention,
@@ -221,7 +221,7 @@ class DeepseekV2:
         values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
-    def _feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
+    def feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
         """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
         c = self.config
         if isinstance(w, MLP):

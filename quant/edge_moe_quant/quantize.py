@@ -20,6 +20,7 @@ from edge_moe.formats import BlockFormat
 from edge_moe.gguf import GGUFFile, TensorEntry
 from edge_moe_quant.encode import encode_rows, prepare
 from edge_moe_quant.importance import Importance
+from edge_moe_quant.store import EncodedStore
 
 _SLICE_VALUES = 1 << 19  # 2 MiB of f32; some such slices for each thread are in memory at a time
 _FLOATS = ("F32", "F16", "BF16")
@@ -42,11 +43,14 @@ def quantize(
     *,
     file_type: int,
     importance: Importance | None = None,
+    store: EncodedStore | None = None,
     allow_requantize: bool = False,
     n_threads: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Quantized:
     """Write `source` to `out` with its tensors in other formats (by name); all metadata comes along.
+
+    Tensors that `store` has are written as they are there.
 
     Interrupted, the same call goes on where it was and makes the same bytes.
     Raises OptionError (out of space, requantizing without allow_requantize), FormatError (weights that are not finite,
@@ -63,7 +67,7 @@ def quantize(
         raise OptionError(f"{out}: is the source itself; choose another name")
     metadata = _metadata(source, file_type, importance)
     with ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
-        work = _Work(source, formats, importance, pool, 3 * (n_threads or os.cpu_count() or 1))
+        work = _Work(source, formats, importance, store, pool, 3 * (n_threads or os.cpu_count() or 1))
         tensors = [
             NewTensor(entry.name, formats[entry.name], entry.shape, partial(work.parts, index))
             for index, entry in enumerate(source.tensors.values())
@@ -71,7 +75,11 @@ def quantize(
         prepare({formats[entry.name].name for entry in source.tensors.values() if work.is_encoded(entry)})
         try:
             size_bytes = write_gguf(
-                out, metadata, tensors, progress=progress, resume_key=_key(source, metadata, formats, importance)
+                out,
+                metadata,
+                tensors,
+                progress=progress,
+                resume_key=_key(source, metadata, formats, importance, store),
             )
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -97,11 +105,12 @@ class _Work:
         source: GGUFFile,
         formats: Mapping[str, BlockFormat],
         importance: Importance | None,
+        store: EncodedStore | None,
         pool: ThreadPoolExecutor,
         n_ahead: int,
     ) -> None:
         self.entries = list(source.tensors.values())
-        self.formats, self.importance, self.pool, self.n_ahead = formats, importance, pool, n_ahead
+        self.formats, self.importance, self.store, self.pool, self.n_ahead = formats, importance, store, pool, n_ahead
         self._begun: deque[tuple[str, Future[np.ndarray]]] = deque()
         self._slices: Iterator[_Slice] | None = None
 
@@ -124,6 +133,9 @@ class _Work:
 
     def _encode(self, part: _Slice) -> np.ndarray:
         entry, fmt = part.entry, self.formats[part.entry.name]
+        if self.store is not None and entry.name in self.store:
+            out_bytes = fmt.row_bytes(entry.shape[-1])
+            return self.store.get(entry.name)[part.first_row * out_bytes : (part.first_row + part.n_rows) * out_bytes]
         row_bytes = entry.format.row_bytes(entry.shape[-1])
         data = entry.data[part.first_row * row_bytes : (part.first_row + part.n_rows) * row_bytes]
         if fmt is entry.format:
@@ -228,6 +240,7 @@ def _key(
     metadata: Mapping[str, object],
     formats: Mapping[str, BlockFormat],
     importance: Importance | None,
+    store: EncodedStore | None = None,
 ) -> str:
     """A hash of all that decides the bytes of the output, the source's content taken by size and time of change."""
     digest = hashlib.sha256(f"edge_moe {_VERSION}\n".encode())
@@ -236,8 +249,17 @@ def _key(
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
     digest.update(repr(list(metadata.items())).encode())
     digest.update(repr([(name, fmt.name) for name, fmt in formats.items()]).encode())
+    if store is not None:
+        digest.update(store.job.encode())
     for name, values in _sorted_values(importance):
         digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def calibration_key(source: GGUFFile, formats: Mapping[str, BlockFormat], windows: np.ndarray) -> str:
+    """A hash of all that decides what calibration on these tokens i64[N,L] makes of a model."""
+    digest = hashlib.sha256(_key(source, {}, formats, None).encode())
+    digest.update(repr(windows.shape).encode() + np.ascontiguousarray(windows).tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,183 @@
+"""Calibration: what experts are sent, layers one after another, runs that are cut short, the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edge_moe_quant import calibrate as module
+from edge_moe_quant.calibrate import calibrate, text_windows
+from edge_moe_quant.quantize import calibration_key, quantize
+from edge_moe_quant.store import EncodedStore
+from gguf_files import write_tiny_deepseek2
+from reference import read_gguf
+
+import edge_moe
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import main
+from edge_moe.errors import OptionError
+from edge_moe.formats import F32, Q4_0
+from edge_moe.gguf import open_gguf
+from edge_moe.models.deepseek2 import MLP, load_weights
+
+GOLDEN = Path(__file__).parent / "golden" / "v2_lite.gguf"
+
+
+def formats_of(source, fmt=Q4_0):
+    return {
+        name: fmt if len(entry.shape) > 1 and "gate_inp" not in name and entry.shape[-1] % fmt.block_size == 0 else F32
+        for name, entry in source.tensors.items()
+    }
+
+
+def some_windows(source, n=6, length=64):
+    return np.random.default_rng(0).integers(0, source.tensors["token_embd.weight"].shape[0], (n, length))
+
+
+def run(folder, windows, **options):
+    source = open_gguf(GOLDEN)
+    store = EncodedStore(folder, "job")
+    return calibrate(Checkpoint(source), windows, formats_of(source), store, n_threads=2, **options), store
+
+
+def stored(store):
+    return {path.name: path.read_bytes() for path in store.folder.glob("*.bin")}
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_moments_of_an_expert(is_down):
+    """By the plain definition, on what gguf reads: gate^2 counts, few hits are drawn to the layer's mean."""
+    rng = np.random.default_rng(1)
+    tensors = read_gguf(GOLDEN)[1]
+    experts = next(
+        w.mlp.experts for w in load_weights(Checkpoint(open_gguf(GOLDEN))).layers if not isinstance(w.mlp, MLP)
+    )
+    layer = experts.down_proj.name.split(".")[1]
+    gate, up = (np.asarray(tensors[f"blk.{layer}.ffn_{n}_exps.weight"], np.float64) for n in ("gate", "up"))
+    n_experts, width = len(gate), experts.gate_proj.shape[-1]
+    x = rng.standard_normal((200, width)).astype(np.float32)
+    ids = np.array([rng.choice(n_experts - 1, 2, replace=False) for _ in range(200)])  # the last expert gets none
+    gates = rng.random((200, 2)).astype(np.float32)
+    routed = module._Routed([(x[:90], ids[:90], gates[:90]), (x[90:], ids[90:], gates[90:])], experts, is_down)
+    sums, squares = [], []
+    for e in range(n_experts):
+        total, square = 0.0, 0.0
+        for t in range(200):
+            for k in range(2):
+                if ids[t, k] == e:
+                    row = x[t].astype(np.float64)
+                    if is_down:
+                        before = gate[e] @ row
+                        row = before / (1 + np.exp(-before)) * (up[e] @ row)
+                    total = total + float(gates[t, k]) ** 2 * np.outer(row, row)
+                    square += float(gates[t, k]) ** 2
+        sums.append(total)
+        squares.append(square)
+    mean = sum(sums) / sum(squares)
+    for e in range(n_experts):
+        n = int((ids == e).sum())
+        assert routed.hits[e] == n
+        own = sums[e] / squares[e] if n else 0.0
+        expected = (n * own + 64 * mean) / (n + 64)
+        np.testing.assert_allclose(routed.moments(experts.down_proj, e), expected, atol=2e-4 * np.abs(mean).max())
+
+
+def test_answers_are_nearer_than_by_search(tmp_path):
+    source = open_gguf(GOLDEN)
+    coverage, store = run(tmp_path / "store", some_windows(source, 24))
+    assert coverage.n_tokens == 24 * 64
+    assert all(
+        hits.sum() == 24 * 64 * source.metadata["deepseek2.expert_used_count"] for hits in coverage.hits.values()
+    )
+    formats = formats_of(source)
+    encoded = {name for name, fmt in formats.items() if fmt is Q4_0} - {"token_embd.weight"}
+    assert {path.stem for path in store.folder.glob("*.bin")} == encoded
+    quantize(source, tmp_path / "search.gguf", formats, file_type=2)
+    quantize(source, tmp_path / "mended.gguf", formats, file_type=2, store=store)
+    ids = np.random.default_rng(9).integers(0, 100, 128).tolist()  # other tokens than those calibrated on
+    right, search, mended = (
+        edge_moe.load(path, kv="f32").logits(ids)
+        for path in (GOLDEN, tmp_path / "search.gguf", tmp_path / "mended.gguf")
+    )
+    assert np.square(mended - right).mean() < 0.9 * np.square(search - right).mean()
+
+
+def test_cut_short_it_goes_on(tmp_path):
+    source = open_gguf(GOLDEN)
+    windows = some_windows(source)
+    _, whole = run(tmp_path / "whole", windows)
+
+    class CutShortError(Exception):
+        pass
+
+    def stop(done, total, what):
+        if done == 1:
+            raise CutShortError
+
+    with pytest.raises(CutShortError):
+        run(tmp_path / "cut", windows, progress=stop)
+    (tmp_path / "cut" / "blk.1.attn_output.weight.part").write_bytes(b"half")
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.bin")}
+    assert 0 < len(first) < len(stored(whole))
+    _, cut = run(tmp_path / "cut", windows)
+    assert stored(cut) == stored(whole)
+    assert first.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*.bin")}.items()
+    EncodedStore(tmp_path / "cut", "another job")
+    assert not stored(cut)
+
+
+def test_what_the_key_covers():
+    source = open_gguf(GOLDEN)
+    windows = some_windows(source)
+    keys = {
+        calibration_key(source, formats_of(source), windows),
+        calibration_key(source, formats_of(source), windows[:-1]),
+        calibration_key(source, formats_of(source), windows.reshape(12, 32)),
+        calibration_key(source, formats_of(source, F32), windows),
+    }
+    assert len(keys) == 4
+
+
+def test_experts_seldom_hit_are_searched(tmp_path, monkeypatch):
+    source = open_gguf(GOLDEN)
+    coverage, _ = run(tmp_path / "store", some_windows(source, 2, 32))
+    assert coverage.seldom == sum((hits < 256).sum() for hits in coverage.hits.values()) > 0
+    assert coverage.least == min(hits.min() for hits in coverage.hits.values())
+    seen = []
+    monkeypatch.setattr(module, "encode_compensated", lambda values, fmt, factor: seen.append(values) or np.empty(0))
+    known = np.eye(32)
+    module._encode_matrix(np.ones((2, 32), np.float32), Q4_0, known, False)
+    assert not seen
+    module._encode_matrix(np.ones((2, 32), np.float32), Q4_0, known, True)
+    assert len(seen) == 1
+
+
+def test_text_windows():
+    tokenizer = edge_moe.load().tokenizer
+    text = "It is a truth universally acknowledged. " * 40
+    windows = text_windows(tokenizer, text, 32)
+    assert windows.shape == (len(tokenizer.encode(text)) // 32, 32)
+    assert text_windows(tokenizer, text, 32, 2).tolist() == windows[:2].tolist()
+    with pytest.raises(OptionError, match="expected at least 4000"):
+        text_windows(tokenizer, text, 4000)
+
+
+def test_the_command(tmp_path, capsys):
+    source, text = str(tmp_path / "tiny.gguf"), tmp_path / "text.txt"
+    write_tiny_deepseek2(Path(source))
+    assert main(["quantize", source, str(tmp_path / "o.gguf"), "--type", "Q4_0", "--chunks", "3"]) == 2
+    assert "--calibrate" in capsys.readouterr().err
+    text.write_text("a")
+    command = ["quantize", source, str(tmp_path / "o.gguf"), "--type", "Q4_0", "--calibrate", str(text)]
+    assert main(command) == 2
+    assert "longer text" in capsys.readouterr().err
+    text.write_text("hello world " * 3000)
+    command.append("--allow-requantize")
+    assert main([*command, "--chunks", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["calibration_tokens"] > 0
+    assert all(sum(hits) > 0 for hits in report["expert_hits"].values())
+    assert report["tensors"]["Q4_0"] > 5
+    assert main(command) == 0
+    assert "calibrated on" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.gguf", "text.txt", "tiny.gguf"]

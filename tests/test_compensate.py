@@ -1,0 +1,86 @@
+"""Error compensation: the grids of formats, codes in blocks, and the walk against a slow twin in f64."""
+
+import numpy as np
+import pytest
+from edge_moe_quant.compensate import DAMPING, Factor, encode_compensated
+from edge_moe_quant.encode import encode_rows
+from edge_moe_quant.grids import TOP_CODES, grid, has_grid, with_codes
+
+from edge_moe.formats import FORMATS
+
+GRIDS = [fmt for fmt in FORMATS if has_grid(fmt)]
+
+
+def moments(rng, n_cols, n=600):
+    """Second moments of inputs that hang together, and the inputs."""
+    x = rng.standard_normal((n, n_cols)) @ (rng.standard_normal((n_cols, n_cols)) / np.sqrt(n_cols))
+    x *= np.exp(rng.standard_normal(n_cols))
+    return x.T @ x / n, x
+
+
+def test_every_such_format_is_here():
+    assert {fmt.name for fmt in GRIDS} == set(TOP_CODES)
+
+
+@pytest.mark.parametrize("fmt", GRIDS, ids=repr)
+def test_codes_in_blocks(fmt):
+    rng = np.random.default_rng(1)
+    data = encode_rows(rng.standard_normal((5, 512)).astype(np.float32), fmt)
+    base, step = grid(data, fmt)
+    least, top = TOP_CODES[fmt.name]
+    codes = rng.integers(least, top + 1, (5, 512)).astype(np.uint8)
+    values = fmt.decode(with_codes(data, fmt, codes))
+    np.testing.assert_allclose(values, base + codes * step, rtol=0, atol=3e-6 * np.abs(values).max())
+    own = np.round((fmt.decode(data) - base) / np.where(step == 0, 1, step)).astype(np.uint8)
+    np.testing.assert_array_equal(fmt.decode(with_codes(data, fmt, own)), fmt.decode(data))
+
+
+def walk(values, base, step, least, top, h):
+    """Column by column by the plain definition: after each, the rest is moved to the best it can still be."""
+    work, codes = values.astype(np.float64), np.zeros(values.shape, int)
+    h = h + np.eye(len(h)) * DAMPING * np.diagonal(h).mean()
+    for position, j in enumerate(np.argsort(-np.diagonal(h), kind="stable")):
+        codes[:, j] = np.clip(np.floor((work[:, j] - base[:, j]) / step[:, j] + 0.5), least, top)
+        error = work[:, j] - (base[:, j] + codes[:, j] * step[:, j])
+        rest = np.argsort(-np.diagonal(h), kind="stable")[position + 1 :]
+        if len(rest):  # least squares: the rest answers for -error at column j
+            work[:, rest] += np.outer(error, np.linalg.solve(h[np.ix_(rest, rest)], h[rest, j]))
+        work[:, j] = base[:, j] + codes[:, j] * step[:, j]
+    return codes
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
+def test_against_the_plain_definition(name):
+    fmt = next(each for each in FORMATS if each.name == name)
+    rng = np.random.default_rng(2)
+    values, (h, _) = rng.standard_normal((6, 160)).astype(np.float32), moments(rng, 160)
+    factor = Factor(h)
+    start = encode_rows(values, fmt, factor.importance)
+    base, step = grid(start, fmt)
+    expected = walk(values, base.astype(float), step.astype(float), *TOP_CODES[name], h)
+    restored = fmt.decode(encode_compensated(values, fmt, factor))
+    same = np.abs(restored - (base + expected * step)) < np.abs(step) / 2
+    # a weight in the middle between two codes may fall to either, and what follows it in its row moves along
+    assert same.mean() > 0.97
+    assert same.all(axis=1).sum() >= 3
+
+
+@pytest.mark.parametrize("fmt", GRIDS, ids=repr)
+def test_outputs_are_nearer(fmt):
+    rng = np.random.default_rng(3)
+    values, (h, x) = rng.standard_normal((40, 256)).astype(np.float32), moments(rng, 256)
+    factor = Factor(h)
+    plain = fmt.decode(encode_rows(values, fmt, factor.importance)) - values
+    mended = fmt.decode(encode_compensated(values, fmt, factor)) - values
+    assert np.square(x @ mended.T).sum() < 0.7 * np.square(x @ plain.T).sum()
+
+
+def test_dead_columns_and_no_inputs():
+    rng = np.random.default_rng(4)
+    h, _ = moments(rng, 64)
+    h[7] = h[:, 7] = 0
+    fmt = next(each for each in FORMATS if each.name == "Q4_0")
+    values = rng.standard_normal((3, 64)).astype(np.float32)
+    assert np.abs(fmt.decode(encode_compensated(values, fmt, Factor(h))) - values).max() < 2
+    with pytest.raises(ValueError, match="zero"):
+        Factor(np.zeros((64, 64)))
