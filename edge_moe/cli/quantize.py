@@ -1,9 +1,11 @@
 """`edge-moe quantize`: a GGUF file to one with smaller blocks."""
 
 import argparse
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_moe_quant.calibrate import Coverage
+    from edge_moe_quant.importance import Importance
     from edge_moe_quant.recipe import Rule
     from edge_moe_quant.store import EncodedStore
 
@@ -75,6 +78,11 @@ def parser(prog: str) -> Parser:
         type=whole_number(1, 1 << 20),
         help="use only the first N chunks of 512 tokens of that text",
     )
+    add(
+        "--rotate-latent",
+        action="store_true",
+        help="rewrite the model so that its latents come out rotated, for caches of few bits; answers stay the same",
+    )
     add("--allow-requantize", action="store_true", help="accept a source that is quantized already, at a loss")
     add("--print-recipe", action="store_true", help="print the type of each tensor, and write nothing")
     add_threads_option(parser)
@@ -116,6 +124,8 @@ def execute(args: argparse.Namespace) -> int:
         return _print_recipe(args, formats, list(recipe_text(formats, shapes)))
     file_type = RECIPES[args.type][1] if args.type else FILE_TYPES[_commonest(source, formats)]
     started = time.perf_counter()
+    if args.rotate_latent:
+        source, importance = _rotated(args, source, importance)
     with Display() as display:
         display.watch_compilation()
 
@@ -166,6 +176,18 @@ def execute(args: argparse.Namespace) -> int:
         f"{done.bits_per_weight:.2f} bits per weight ({kinds}) in {format_duration(seconds)}"
     )
     return 0
+
+
+def _rotated(
+    args: argparse.Namespace, source: "GGUFFile", importance: "Importance | None"
+) -> "tuple[GGUFFile, Importance | None]":
+    from edge_moe_quant.rotation import rotated
+
+    source = rotated(source, Path(args.out).parent, allow_requantize=args.allow_requantize)
+    if importance is not None:  # what the channels of the latent were worth says nothing of the rotated ones
+        kept = {name: each for name, each in importance.values.items() if not re.search(r"attn_(k?v_b)\.", name)}
+        importance = replace(importance, values=kept)
+    return source, importance
 
 
 def _calibrated(

@@ -20,6 +20,7 @@ from edge_moe.formats import BlockFormat
 from edge_moe.gguf import GGUFFile, TensorEntry
 from edge_moe_quant.encode import encode_rows, prepare
 from edge_moe_quant.importance import Importance
+from edge_moe_quant.rotation import KEY as ROTATION_KEY
 from edge_moe_quant.store import EncodedStore
 
 _SLICE_VALUES = 1 << 19  # 2 MiB of f32; some such slices for each thread are in memory at a time
@@ -191,6 +192,8 @@ def _metadata(source: GGUFFile, file_type: int, importance: Importance | None) -
     kept |= {"general.quantization_version": 2, "general.file_type": file_type}
     if source.alignment != 32:
         kept.pop("general.alignment", None)  # the writer has its own
+    if ROTATION_KEY in source.metadata:
+        kept[ROTATION_KEY] = source.metadata[ROTATION_KEY]
     if importance is not None:
         kept["quantize.imatrix.file"] = importance.path.name
         if importance.datasets:
@@ -258,7 +261,8 @@ def _key(
 
 def calibration_key(source: GGUFFile, formats: Mapping[str, BlockFormat], windows: np.ndarray) -> str:
     """A hash of all that decides what calibration on these tokens i64[N,L] makes of a model."""
-    digest = hashlib.sha256(_key(source, {}, formats, None).encode())
+    rotation = {ROTATION_KEY: source.metadata.get(ROTATION_KEY)}
+    digest = hashlib.sha256(_key(source, rotation, formats, None).encode())
     digest.update(repr(windows.shape).encode() + np.ascontiguousarray(windows).tobytes())
     return digest.hexdigest()
 
