@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from edge_moe_quant.compensate import DAMPING, Factor, encode_compensated
+from edge_moe_quant.compensate import AIM_DAMPING, DAMPING, Aim, Factor, encode_compensated
 from edge_moe_quant.encode import encode_rows
 from edge_moe_quant.grids import TOP_CODES, grid, has_grid, with_codes
 
@@ -84,3 +84,18 @@ def test_dead_columns_and_no_inputs():
     assert np.abs(fmt.decode(encode_compensated(values, fmt, Factor(h))) - values).max() < 2
     with pytest.raises(ValueError, match="zero"):
         Factor(np.zeros((64, 64)))
+
+
+def test_aim():
+    """Against least squares over the tokens themselves, with rows for the damping."""
+    rng = np.random.default_rng(5)
+    _, y = moments(rng, 48)
+    x = y + 0.3 * rng.standard_normal(y.shape) * np.abs(y).mean()
+    values = rng.standard_normal((5, 48)).astype(np.float32)
+    own, cross = x.T @ x, y.T @ x
+    damping = np.sqrt(AIM_DAMPING * np.diagonal(own).mean()) * np.eye(48)
+    right, *_ = np.linalg.lstsq(np.vstack([x, damping]), np.vstack([y @ values.T, damping @ values.T]), rcond=None)
+    moved = Aim(own, cross).at(values)
+    np.testing.assert_allclose(moved, right.T, atol=1e-4)
+    assert np.square(x @ moved.T - y @ values.T).sum() < np.square(x @ values.T - y @ values.T).sum()
+    np.testing.assert_allclose(Aim(own, own).at(values), values, atol=1e-6)

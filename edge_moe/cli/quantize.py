@@ -76,7 +76,7 @@ def parser(prog: str) -> Parser:
         "--chunks",
         metavar="N",
         type=whole_number(1, 1 << 20),
-        help="use only the first N chunks of 512 tokens of that text",
+        help="the first N chunks of 512 tokens of that text (default: what a gigabyte of memory takes of it)",
     )
     add(
         "--rotate-latent",
@@ -193,7 +193,7 @@ def _rotated(
 def _calibrated(
     args: argparse.Namespace, source: "GGUFFile", formats: "Mapping[str, BlockFormat]", display: Display
 ) -> "tuple[Coverage, EncodedStore]":
-    from edge_moe_quant.calibrate import calibrate, text_windows
+    from edge_moe_quant.calibrate import calibrate, most_windows, text_windows
     from edge_moe_quant.quantize import calibration_key
     from edge_moe_quant.store import EncodedStore
 
@@ -204,7 +204,8 @@ def _calibrated(
     checkpoint = Checkpoint(source)
     tokenizer = Tokenizer.from_metadata(source.metadata, source.path)
     length = min(512, checkpoint.config.max_position_embeddings)
-    windows = text_windows(tokenizer, read_text(args.calibrate), length, args.chunks)
+    limit = args.chunks or most_windows(checkpoint.config.hidden_size, length)
+    windows = text_windows(tokenizer, read_text(args.calibrate), length, limit)
     out = Path(args.out)
     store = EncodedStore(out.parent / f".{out.name}.calibrated", calibration_key(source, formats, windows))
 

@@ -1,14 +1,16 @@
 """Quantizes a model layer by layer with error compensation, by what its matrices really take in on a calibration text.
 
-Each layer is fed by the layers before it as they are quantized. Within one, attention comes first, then gate and up,
-then down behind the quantized gate and up. An expert counts the tokens that the router sends it, by the square of the
-gate; its second moments are drawn towards those of all tokens of its layer by how few they are. Only one layer's
-moments are held at a time.
+Each layer is fed by the layers before it as they are quantized, and aims at what it gives in the original model, which
+runs beside it: so it makes good what those before it got wrong, as far as its inputs allow. Within a layer, attention
+comes first, then gate and up, then down behind the quantized gate and up. An expert counts the tokens that the router
+sends it, by the square of the gate; its second moments are drawn towards those of all tokens of its layer by how few
+they are. Only one layer's moments are held at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -28,14 +30,17 @@ from edge_moe.models.deepseek2 import (
 )
 from edge_moe.tokenizer import Tokenizer
 from edge_moe.weights import Weight
-from edge_moe_quant.compensate import Factor, encode_compensated
+from edge_moe_quant.compensate import Aim, Factor, encode_compensated
 from edge_moe_quant.encode import encode_rows
 from edge_moe_quant.grids import has_grid
-from edge_moe_quant.importance import TRUSTED_HITS
+from edge_moe_quant.moments import Inputs, Moments, MomentsOf, Pair, RoutedMoments
 from edge_moe_quant.store import EncodedStore
 
 LEAST_HITS = 256  # tokens of an expert below which its weights are searched only: its moments say too little
-_MomentsOf = Callable[[Weight, int], np.ndarray | None]
+
+
+_VALUES_AT_ONCE = 1 << 23  # of a matrix, so that the largest ones take little memory
+_STREAM_BYTES = 1 << 30  # of all windows on their way through the layers, when no number is asked for
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Coverage:
 
 
 def text_windows(tokenizer: Tokenizer, text: str, length: int, limit: int | None = None) -> np.ndarray:
-    """The first `limit` windows of a text, side by side, each a text of its own: i64[N,length].
+    """The first `limit` windows of a text, side by side, each a text of its own: i64[N,length] (see most_windows).
 
     Raises OptionError when the text is shorter than one window.
     """
@@ -71,6 +76,11 @@ def text_windows(tokenizer: Tokenizer, text: str, length: int, limit: int | None
     if ids[0] == tokenizer.bos_id:
         windows[:, 0] = ids[0]
     return windows
+
+
+def most_windows(hidden_size: int, length: int) -> int:
+    """Windows that can be on their way in a gigabyte of memory."""
+    return max(1, _STREAM_BYTES // (length * hidden_size * 16))
 
 
 def calibrate(
@@ -90,53 +100,34 @@ def calibrate(
     """
     job = _Job(checkpoint, windows, formats, store, n_threads)
     total = len(job.layers) + 1
-    hidden = [job.ops.embed(job.weights.embed_tokens, ids) for ids in windows]
+    embedding = job.embedding()
+    streams = [_Stream(job.ops.embed(embedding, ids), job.ops.embed(job.weights.embed_tokens, ids)) for ids in windows]
     for index in range(len(job.layers)):
         if progress:
             progress(index, total, f"layer {index}")
-        hidden = job.layer(index, hidden)
-        if not all(np.isfinite(each).all() for each in hidden):
+        job.layer(index, streams)
+        if not all(np.isfinite(stream.h).all() for stream in streams):
             raise FormatError(f"{checkpoint.path}: layer {index} gives numbers that are not finite; make the file anew")
     if progress:
         progress(total - 1, total, "head")
-    job.head(hidden)
+    job.head(streams)
     return job.coverage
 
 
-class _Moments(CpuBackend):
-    """Runs operations and adds up the second moments of what goes into each matrix."""
+@dataclass
+class _Stream:
+    """A window on its way through the quantized model, and through the original (0). f32[L,D] each."""
 
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
-        self.of: dict[int, np.ndarray] = {}  # by identity of the weight: f64[K,C,C]
-        self.routed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # inputs, ids, gates of the experts
+    h: np.ndarray
+    h0: np.ndarray
+    x: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    x0: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
-    def note(self, x: np.ndarray, *weights: Weight) -> None:
-        """Add the moments of x f32[T,C], which goes into all these weights."""
-        moments = self.of.get(id(weights[0]), 0.0) + (x.T @ x).astype(np.float64)[None]
-        for weight in weights:
-            self.of[id(weight)] = moments
+    def norm(self, ops: CpuBackend, weight: np.ndarray, eps: float) -> None:
+        self.x, self.x0 = ops.norm(self.h, weight, eps), ops.norm(self.h0, weight, eps)
 
-    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
-        self.note(x, *weights)
-        return super().linear(x, *weights)
-
-    def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
-        by_head = x.transpose(1, 0, 2)
-        added = np.asarray(by_head.transpose(0, 2, 1) @ by_head, np.float64)
-        self.of[id(weight)] = self.of.get(id(weight), 0.0) + added
-        return super().per_head(x, weight)
-
-    def experts(
-        self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
-    ) -> np.ndarray:
-        self.routed.append((x, ids, weights))
-        return super().experts(x, ids, weights, gate, up, down)
-
-    def moments(self, weight: Weight, matrix: int) -> np.ndarray | None:
-        """f64[C,C] of what went into one matrix of a weight, or None if nothing did."""
-        all_of_it = self.of.get(id(weight))
-        return None if all_of_it is None else all_of_it[min(matrix, len(all_of_it) - 1)]
+    def add(self, out: np.ndarray, out0: np.ndarray) -> None:
+        self.h, self.h0 = self.h + out, self.h0 + out0
 
 
 class _Job:
@@ -158,26 +149,35 @@ class _Job:
 
     # ---- the pass ----
 
-    def layer(self, index: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
-        """Quantize a layer and run it. hidden f32[L,D] of each window -> the same behind the layer."""
-        c, layer = self.checkpoint.config, self.layers[index]
-        normed = [self.ops.norm(h, layer.input_layernorm, c.rms_norm_eps) for h in hidden]
-        attention = self._attention(layer.self_attn, normed)
-        hidden = [h + self._attend(self.ops, attention, x) for h, x in zip(hidden, normed, strict=True)]
-        normed = [self.ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps) for h in hidden]
-        feed_forward = self._feed_forward(index, layer.mlp, normed)
-        return [h + self.model.feed_forward(self.ops, feed_forward, x) for h, x in zip(hidden, normed, strict=True)]
+    def embedding(self) -> Weight:
+        """The quantized embeddings."""
+        return self._encode(self.weights.embed_tokens, lambda weight, matrix: None)
 
-    def head(self, hidden: list[np.ndarray]) -> None:
+    def layer(self, index: int, streams: list[_Stream]) -> None:
+        """Quantize a layer and run both streams of each window through it."""
+        c, layer = self.checkpoint.config, self.layers[index]
+        for stream in streams:
+            stream.norm(self.ops, layer.input_layernorm, c.rms_norm_eps)
+        attention = self._attention(layer.self_attn, streams)
+        for stream in streams:
+            stream.add(self._attend(self.ops, attention, stream.x), self._attend(self.ops, layer.self_attn, stream.x0))
+            stream.norm(self.ops, layer.post_attention_layernorm, c.rms_norm_eps)
+        feed_forward = self._feed_forward(index, layer.mlp, streams)
+        for stream in streams:
+            run = self.model.feed_forward
+            stream.add(run(self.ops, feed_forward, stream.x), run(self.ops, layer.mlp, stream.x0))
+
+    def head(self, streams: list[_Stream]) -> None:
         """Quantize the head, where it is not the embeddings themselves."""
         if self.weights.lm_head is self.weights.embed_tokens:
             return
-        c = self.checkpoint.config
-        ops = _Moments(self.n_threads)
-        if not self._all_stored([self.weights.lm_head]):
-            for h in hidden:
-                ops.note(self.ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)
-        self._encode(self.weights.lm_head, ops.moments)
+        moments = Moments()
+        for stream in streams:
+            stream.norm(self.ops, self.weights.norm, self.checkpoint.config.rms_norm_eps)
+            both = Inputs(self.n_threads), Inputs(self.n_threads)
+            both[0].of[id(self.weights.lm_head)], both[1].of[id(self.weights.lm_head)] = stream.x, stream.x0
+            moments.add(*both)
+        self._encode(self.weights.lm_head, moments.moments)
 
     def _attend(self, ops: CpuBackend, w: Attention, x: np.ndarray) -> np.ndarray:
         config = replace(self.checkpoint.config, num_hidden_layers=1)
@@ -187,48 +187,53 @@ class _Job:
         cos, sin = ops.rotations(cache, len(x), rope_frequencies(config), factor)
         return self.model.attention(ops, w, x, cos, sin, cache, 0)
 
-    def _attention(self, w: Attention, normed: list[np.ndarray]) -> Attention:
+    def _attention(self, w: Attention, streams: list[_Stream]) -> Attention:
         query = w.q_proj
-        first = [query.q_a_proj, query.q_b_proj] if isinstance(query, LowRankQuery) else [query]
-        ops = _Moments(self.n_threads)
-        if not self._all_stored([*first, w.kv_a_proj_with_mqa, w.k_b_proj, w.v_b_proj, w.o_proj]):
-            for x in normed:
-                self._attend(ops, w, x)
+        moments = Moments()
+        for stream in streams:
+            both = Inputs(self.n_threads), Inputs(self.n_threads)
+            self._attend(both[0], w, stream.x)
+            self._attend(both[1], w, stream.x0)
+            moments.add(*both)
+        m = moments.moments
         return replace(
             w,
-            q_proj=replace(
-                query,
-                q_a_proj=self._encode(query.q_a_proj, ops.moments),
-                q_b_proj=self._encode(query.q_b_proj, ops.moments),
-            )
+            q_proj=replace(query, q_a_proj=self._encode(query.q_a_proj, m), q_b_proj=self._encode(query.q_b_proj, m))
             if isinstance(query, LowRankQuery)
-            else self._encode(query, ops.moments),
-            kv_a_proj_with_mqa=self._encode(w.kv_a_proj_with_mqa, ops.moments),
-            k_b_proj=self._encode(w.k_b_proj, ops.moments),
-            v_b_proj=self._encode(w.v_b_proj, ops.moments),
-            o_proj=self._encode(w.o_proj, ops.moments),
+            else self._encode(query, m),
+            kv_a_proj_with_mqa=self._encode(w.kv_a_proj_with_mqa, m),
+            k_b_proj=self._encode(w.k_b_proj, m),
+            v_b_proj=self._encode(w.v_b_proj, m),
+            o_proj=self._encode(w.o_proj, m),
         )
 
-    def _feed_forward(self, index: int, w: MLP | MoE, normed: list[np.ndarray]) -> MLP | MoE:
+    def _feed_forward(self, index: int, original: MLP | MoE, streams: list[_Stream]) -> MLP | MoE:
         """First all gates and ups by their inputs, then all downs by what the quantized gates and ups give them."""
+        w = original
         for is_down in (False, True):
-            ops = _Moments(self.n_threads)
-            for x in normed:
-                self.model.feed_forward(ops, w, x)
+            moments, calls = Moments(), []
+            for stream in streams:
+                both = Inputs(self.n_threads), Inputs(self.n_threads)
+                self.model.feed_forward(both[0], w, stream.x)
+                self.model.feed_forward(both[1], original, stream.x0)
+                moments.add(*both)
+                if both[0].routed is not None:
+                    calls.append((*both[0].routed, stream.x0))
             if isinstance(w, MLP):
-                w = self._mlp(w, ops.moments, is_down)
+                w = self._mlp(w, moments.moments, is_down)
                 continue
-            routed = _Routed(ops.routed, w.experts, is_down)
+            assert isinstance(original, MoE)
+            routed = RoutedMoments(calls, w.experts, original.experts, is_down)
             self.coverage.hits[index] = routed.hits
             shared = w.shared_experts
             w = replace(
                 w,
                 experts=self._mlp(w.experts, routed.moments, is_down, routed.hits),
-                shared_experts=None if shared is None else self._mlp(shared, ops.moments, is_down),
+                shared_experts=None if shared is None else self._mlp(shared, moments.moments, is_down),
             )
         return w
 
-    def _mlp(self, w: MLP, moments_of: _MomentsOf, is_down: bool, hits: np.ndarray | None = None) -> MLP:
+    def _mlp(self, w: MLP, moments_of: MomentsOf, is_down: bool, hits: np.ndarray | None = None) -> MLP:
         if is_down:
             return replace(w, down_proj=self._encode(w.down_proj, moments_of, hits))
         return replace(
@@ -247,7 +252,7 @@ class _Job:
     def _all_stored(self, weights: Iterable[Weight]) -> bool:
         return all(self._is_left_out(w) or self.checkpoint.tensor_name(w.name) in self.store for w in weights)
 
-    def _encode(self, weight: Weight, moments_of: _MomentsOf, hits: np.ndarray | None = None) -> Weight:
+    def _encode(self, weight: Weight, moments_of: MomentsOf, hits: np.ndarray | None = None) -> Weight:
         """The quantized weight, from the store or made now; itself where it is left out."""
         name = self.checkpoint.tensor_name(weight.name)
         fmt = self.formats[name]
@@ -255,12 +260,16 @@ class _Job:
             return weight
         if name not in self.store:
             n_matrices = weight.shape[0] if len(weight.shape) == 3 else 1
-            whole = np.empty((n_matrices, weight.shape[-2], fmt.row_bytes(weight.shape[-1])), np.uint8)
+            n_rows, n_cols = weight.shape[-2:]
+            whole = np.empty((n_matrices, n_rows, fmt.row_bytes(n_cols)), np.uint8)
+            step = max(1, _VALUES_AT_ONCE // n_cols)
 
             def encode(k: int) -> None:
-                data = weight.data.reshape(n_matrices, weight.shape[-2], -1)[k]
+                data = weight.data.reshape(n_matrices, n_rows, -1)[k]
                 is_known = hits is None or bool(hits[k] >= LEAST_HITS)
-                whole[k] = _encode_matrix(weight.format.decode(data), fmt, moments_of(weight, k), is_known)
+                encode_values = _encoder(fmt, moments_of(weight, k), is_known)
+                for row in range(0, n_rows, step):
+                    whole[k, row : row + step] = encode_values(weight.format.decode(data[row : row + step]))
 
             with ThreadPoolExecutor(self.n_threads) as pool:
                 for _ in pool.map(encode, range(n_matrices)):
@@ -269,57 +278,13 @@ class _Job:
         return Weight(weight.name, fmt, weight.shape, self.store.get(name))
 
 
-def _encode_matrix(values: np.ndarray, fmt: BlockFormat, moments: np.ndarray | None, is_known: bool) -> np.ndarray:
-    if moments is None or not np.trace(moments) > 0:
-        return encode_rows(values, fmt)
+def _encoder(fmt: BlockFormat, moments: Pair | None, is_known: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """What encodes rows of a matrix with these moments: f32[R,C] -> u8[R,row_bytes]."""
+    if moments is None or not np.trace(moments[0]) > 0:
+        return partial(encode_rows, fmt=fmt)
+    own, cross = moments
     if not (is_known and has_grid(fmt)):
-        diagonal = np.diagonal(moments)
-        return encode_rows(values, fmt, np.maximum(diagonal / diagonal.mean(), 1e-3).astype(np.float32))
-    return encode_compensated(values, fmt, Factor(moments))
-
-
-class _Routed:
-    """What the router sent to each expert of a layer, and the second moments of an expert's inputs."""
-
-    def __init__(self, calls: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], experts: MLP, is_down: bool) -> None:
-        n_experts = experts.down_proj.shape[0]
-        self.x, self.ids, self.gates = (np.concatenate([call[part] for call in calls]) for part in range(3))
-        self.experts, self.is_down = experts, is_down
-        self.hits = np.bincount(self.ids.ravel(), minlength=n_experts)
-        self._common = self._mean_of_all(n_experts)
-
-    def moments(self, _: Weight, expert: int) -> np.ndarray:
-        """f64[C,C] of one expert's inputs, weighted by gate^2 and drawn towards those of the layer."""
-        own, weight, n_hits = self._own(expert)
-        if not weight > 0:
-            return self._common
-        return (own * (n_hits / weight) + TRUSTED_HITS * self._common) / (n_hits + TRUSTED_HITS)
-
-    def _own(self, expert: int) -> tuple[np.ndarray, float, int]:
-        rows, places = np.nonzero(self.ids == expert)
-        x, gates = self.x[rows], self.gates[rows, places]
-        if self.is_down:
-            gate, up = (_decoded(each, expert) for each in (self.experts.gate_proj, self.experts.up_proj))
-            before, beside = x @ gate.T, x @ up.T
-            with np.errstate(over="ignore"):
-                x = before / (1 + np.exp(-before)) * beside
-        x = x * gates[:, None]
-        return (x.T @ x).astype(np.float64), float(np.square(gates, dtype=np.float64).sum()), len(rows)
-
-    def _mean_of_all(self, n_experts: int) -> np.ndarray:
-        if not self.is_down:
-            # every choice counts by its gate, whichever expert was chosen
-            counts = np.square(self.gates, dtype=np.float64).sum(axis=1)
-            x = self.x * np.sqrt(counts)[:, None].astype(np.float32)
-            return (x.T @ x).astype(np.float64) / counts.sum()
-        total, weight = np.zeros((self.experts.down_proj.shape[-1],) * 2), 0.0
-        for expert in range(n_experts):
-            own, own_weight, _ = self._own(expert)
-            total, weight = total + own, weight + own_weight
-        return total / weight
-
-
-def _decoded(stack: Weight, matrix: int) -> np.ndarray:
-    first = stack.first_byte + matrix * (stack.stride_bytes or stack.matrix_bytes)
-    data = stack.data.reshape(-1)[first : first + stack.matrix_bytes]
-    return stack.format.decode(data.reshape(stack.shape[-2], -1))
+        diagonal = np.diagonal(own)
+        return partial(encode_rows, fmt=fmt, importance=np.maximum(diagonal / diagonal.mean(), 1e-3).astype(np.float32))
+    factor, aim = Factor(own), Aim(own, cross)
+    return lambda values: encode_compensated(aim.at(values), fmt, factor)

@@ -11,6 +11,7 @@ from edge_moe.kernels.jit import kernel
 from edge_moe_quant.encode import encode_rows
 from edge_moe_quant.grids import TOP_CODES, grid, with_codes
 
+AIM_DAMPING = 0.1  # of the mean second moment, where weights are moved to meet the original's outputs
 DAMPING = 0.01  # of the mean second moment, added to each
 _COLUMNS = 128  # walked one by one before the columns after them are mended by one matrix product
 
@@ -35,6 +36,23 @@ def encode_compensated(values: np.ndarray, fmt: BlockFormat, factor: "Factor") -
     unordered = np.empty_like(codes)
     unordered[:, factor.order] = codes
     return with_codes(encoded, fmt, unordered)
+
+
+class Aim:
+    """Moves rows so that they give from the quantized model's inputs x what they gave from the original's y.
+
+    By least squares over all tokens. Source: the asymmetric aim of GPTAQ, arXiv 2504.02692, here solved before the
+    columns are walked.
+    """
+
+    def __init__(self, own: np.ndarray, cross: np.ndarray) -> None:
+        """own f64[C,C] is the sum of x x^T, cross f64[C,C] that of y x^T. With y = x rows stay."""
+        damped = own + np.eye(len(own)) * (AIM_DAMPING * np.diagonal(own).mean())
+        self._change = np.linalg.solve(damped, (cross - own).T).T.astype(np.float32)
+
+    def at(self, values: np.ndarray) -> np.ndarray:
+        """The moved rows. f32[R,C] -> f32[R,C]."""
+        return values + values @ self._change
 
 
 class Factor:
