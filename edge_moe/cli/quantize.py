@@ -1,10 +1,11 @@
 """`edge-moe quantize`: a GGUF file to one with smaller blocks."""
 
 import argparse
+import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ _TYPES = (
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "BF16", "F16", "F32",
 )  # fmt: skip
 
+_AUTO = "auto"
+_PROBED_WINDOWS = 4  # of the calibration text, for each tensor's sensitivity
+
 _DESCRIPTION = """\
 Quantize a GGUF file of F32, F16 or BF16. Each type is a recipe: most tensors get the format in its name, some a better
 one, by llama.cpp's rules; norms and the router stay F32. OUT appears when it is complete. An interrupted run leaves
@@ -40,6 +44,7 @@ types:
 examples:
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --imatrix v2-lite.imatrix.gguf
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --calibrate text.txt --chunks 128
+  edge-moe quantize v2-lite-bf16.gguf v2-lite-auto.gguf --type auto --bpw 4.5 --calibrate text.txt
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --tensor-type attn_=Q8_0
   edge-moe quantize v2-lite-bf16.gguf --type Q4_K_M --print-recipe > recipe.txt
   edge-moe quantize v2-lite-bf16.gguf v2-lite-mine.gguf --recipe recipe.txt
@@ -56,7 +61,12 @@ def parser(prog: str) -> Parser:
     add = parser.add_argument
     add("source", metavar="SRC.gguf", help="the file to quantize, the first part of a split one")
     add("out", metavar="OUT.gguf", nargs="?", help="the file to write")
-    add("--type", metavar="TYPE", type=_type_name, help="the recipe (see below)")
+    add("--type", metavar="TYPE", type=_type_name, help="the recipe (see below), or auto: chosen by measurement")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bpw", metavar="N", type=_bits, help="of --type auto: bits for each weight, all tensors together"
+    )
+    budget.add_argument("--size", metavar="SIZE", type=_size, help="of --type auto: the file's size, as 9G or 700M")
     add("--recipe", metavar="FILE", help="lines that say which tensors get which type; --type is for the rest")
     add(
         "--tensor-type",
@@ -90,7 +100,27 @@ def parser(prog: str) -> Parser:
     return parser
 
 
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 32:
+        raise argparse.ArgumentTypeError(f"expected bits from 1 to 32, found {text!r}")
+    return value
+
+
+def _size(text: str) -> int:
+    """Bytes of a size like 9G, by powers of 1024 as llama.cpp's."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size like 9G or 700M, found {text!r}")
+    return int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
+
+
 def _type_name(text: str) -> str:
+    if text.lower() == _AUTO:
+        return _AUTO
     if text.upper() not in _TYPES:
         raise argparse.ArgumentTypeError(f"expected one of {' '.join(_TYPES)}, found {text!r}")
     return text.upper()
@@ -112,17 +142,21 @@ def execute(args: argparse.Namespace) -> int:
     importance = read_importance(Path(args.imatrix)) if args.imatrix else None
     if args.chunks is not None and args.calibrate is None:
         raise OptionError("--chunks: is of the text of --calibrate FILE, which is not given")
+    _check_budget(args)
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    facts = ModelFacts.from_metadata(source.metadata)
+    rules = _rules(args)
+    is_auto = args.type == _AUTO
     formats = choose_formats(
         shapes,
-        ModelFacts.from_metadata(source.metadata),
-        args.type,
-        _rules(args),
+        facts,
+        None if is_auto else args.type,
+        [*_allocated(args, source, rules), *rules] if is_auto else rules,
         has_importance=bool(importance or args.calibrate),
     )
     if args.print_recipe:
         return _print_recipe(args, formats, list(recipe_text(formats, shapes)))
-    file_type = RECIPES[args.type][1] if args.type else FILE_TYPES[_commonest(source, formats)]
+    file_type = RECIPES[args.type][1] if args.type and not is_auto else FILE_TYPES[_commonest(source, formats)]
     started = time.perf_counter()
     if args.rotate_latent:
         source, importance = _rotated(args, source, importance)
@@ -203,7 +237,7 @@ def _calibrated(
 
     checkpoint = Checkpoint(source)
     tokenizer = Tokenizer.from_metadata(source.metadata, source.path)
-    length = min(512, checkpoint.config.max_position_embeddings)
+    length = _window_length(source)
     limit = args.chunks or most_windows(checkpoint.config.hidden_size, length)
     windows = text_windows(tokenizer, read_text(args.calibrate), length, limit)
     out = Path(args.out)
@@ -214,6 +248,51 @@ def _calibrated(
 
     threads = args.threads or default_threads()
     return calibrate(checkpoint, windows, formats, store, n_threads=threads, progress=show), store
+
+
+def _check_budget(args: argparse.Namespace) -> None:
+    """Raises OptionError unless --type auto comes with a budget and a text, and nothing else with a budget."""
+    has_budget = args.bpw is not None or args.size is not None
+    if args.type == _AUTO and not has_budget:
+        raise OptionError("--type auto: say how large the model may become: --bpw 4.5 or --size 9G")
+    if args.type == _AUTO and args.calibrate is None:
+        raise OptionError("--type auto: name a text to measure on: --calibrate FILE")
+    if has_budget and args.type != _AUTO:
+        raise OptionError("--bpw and --size: are for --type auto")
+
+
+def _allocated(args: argparse.Namespace, source: "GGUFFile", rules: "Sequence[Rule]") -> "list[Rule]":
+    """A rule for each tensor, by measured sensitivity under the budget."""
+    from edge_moe_quant.allocate import allocate, measured_choices
+    from edge_moe_quant.calibrate import text_windows
+    from edge_moe_quant.recipe import Rule
+
+    from edge_moe.api import default_threads
+    from edge_moe.tokenizer import Tokenizer
+
+    if args.size is not None:
+        # the header with its vocabulary stays nearly as it is; between tensors there are gaps
+        weights_bytes = sum(entry.data.nbytes for entry in source.tensors.values())
+        budget_bytes = args.size - (source.size_bytes - weights_bytes) - 32 * len(source.tensors) - 1024
+    else:
+        n_weights = sum(math.prod(entry.shape) for entry in source.tensors.values())
+        budget_bytes = int(args.bpw * n_weights / 8)
+    tokenizer = Tokenizer.from_metadata(source.metadata, source.path)
+    windows = text_windows(tokenizer, read_text(args.calibrate), _window_length(source), _PROBED_WINDOWS)
+    with Display() as display:
+        display.watch_compilation()
+
+        def show(done: int, total: int, name: str) -> None:
+            display.show("measuring", done, total, name)
+
+        choices = measured_choices(source, windows, rules, n_threads=args.threads or default_threads(), progress=show)
+    return [Rule(name, fmt) for name, fmt in allocate(choices, budget_bytes).items()]
+
+
+def _window_length(source: "GGUFFile") -> int:
+    from edge_moe.checkpoint import read_config
+
+    return min(512, read_config(source).max_position_embeddings)
 
 
 def _print_coverage(args: argparse.Namespace, coverage: "Coverage") -> None:

@@ -111,7 +111,7 @@ def choose_formats(
     for name in _in_layers(shapes):
         shape = shapes[name]
         is_kv_b = "attn_kv_b.weight" in name
-        fitting = [i for i, rule in enumerate(rules) if _fits(rule.pattern, name, shapes)]
+        fitting = [i for i, rule in enumerate(rules) if fits(rule.pattern, name, shapes)]
         used.update(fitting)
         if not is_quantizable(name, shape):
             chosen[name] = FORMATS_BY_NAME["F32"]
@@ -155,7 +155,8 @@ def recipe_text(formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[i
             yield f"{name} {fmt.name}"
 
 
-def _fits(pattern: str, name: str, names: Mapping[str, object]) -> bool:
+def fits(pattern: str, name: str, names: Mapping[str, object]) -> bool:
+    """Whether a rule's pattern is for the tensor `name`, one of `names`."""
     return pattern == name if pattern in names else re.search(pattern, name) is not None
 
 
