@@ -4,6 +4,8 @@ Every operation takes and gives float32 numpy arrays, and weights as they lie in
 before a kernel sees them, so that each kernel is compiled for one memory layout only.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -130,18 +132,29 @@ class CpuBackend:
 
         gate and up [E,F,D], down [E,D,F]; only the chosen experts' bytes are read.
         """
-        active, offsets, rows, positions = routing.group_by_expert(ids, down.shape[0])
+        grouping = routing.group_by_expert(ids, down.shape[0])
+        gated = self.gated_by_expert(x, grouping, gate, up)
+        _, _, rows, positions = grouping
+        out = _grouped_product(gated, np.arange(len(rows)), grouping, down)[0]
+        return elementwise.weighted_sum(out, positions, weights)
 
-        def product(inputs: np.ndarray, input_rows: np.ndarray, *stacks: Weight) -> np.ndarray:
-            addresses = np.stack([stack.addresses[active] for stack in stacks])
-            return products.grouped_linear(inputs, input_rows, offsets, stacks[0].format, addresses, stacks[0].shape[1])
-
+    def gated_by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight) -> np.ndarray:
+        """silu(gate x) * (up x) of each chosen expert and token, one expert behind the other: f32[T*K,F]."""
+        rows = grouping[2]
         if gate.format is up.format:  # one parallel region, the inputs quantized once
-            gate_out, up_out = product(x, rows, gate, up)
+            gate_out, up_out = _grouped_product(x, rows, grouping, gate, up)
         else:
-            gate_out, up_out = product(x, rows, gate)[0], product(x, rows, up)[0]
-        gated = elementwise.silu_multiply(gate_out, up_out)
-        return elementwise.weighted_sum(product(gated, np.arange(len(rows)), down)[0], positions, weights)
+            gate_out, up_out = _grouped_product(x, rows, grouping, gate)[0], _grouped_product(x, rows, grouping, up)[0]
+        return elementwise.silu_multiply(gate_out, up_out)
+
+
+Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
+
+
+def _grouped_product(inputs: np.ndarray, input_rows: np.ndarray, grouping: Grouping, *stacks: Weight) -> np.ndarray:
+    active, offsets, _, _ = grouping
+    addresses = np.stack([stack.addresses[active] for stack in stacks])
+    return products.grouped_linear(inputs, input_rows, offsets, stacks[0].format, addresses, stacks[0].shape[1])
 
 
 Operations = CpuBackend | Recorder

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "measure perplexity, and the divergence from a reference model",
     "convert": "turn a Hugging Face checkpoint into a GGUF file",
     "quantize": "make a GGUF file smaller: 2- to 8-bit blocks",
+    "imatrix": "write which columns of a model's matrices matter, for quantizing",
     "export": "write a model as an ONNX folder",
 }
 BAD_INPUT = 2
