@@ -200,18 +200,19 @@ def test_killed_at_random_moments(tmp_path):
     subprocess.run([*command, str(out), "--type", "Q4_K_M"], check=True, capture_output=True)
     longest_s = time.monotonic() - start
     out.unlink()
-    while n_killed < 20 or not out.exists():  # the last one is left to finish
+    status = None
+    while n_killed < 20 or status != 0:  # the last one is left to finish
         with subprocess.Popen([*command, str(out), "--type", "Q4_K_M"], stderr=subprocess.DEVNULL) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(0, longest_s) if n_killed < 20 else None)
             process.kill()
-        if process.returncode == 0:
+        status = process.returncode
+        n_killed += status != 0
+        n_parts += (tmp_path / ".out.gguf.part").exists()
+        if out.exists():  # perhaps killed when all was done
             assert out.read_bytes() == expected
             if n_killed < 20:
                 out.unlink()
-        else:
-            n_killed += 1
-            n_parts += (tmp_path / ".out.gguf.part").exists()
     assert n_parts
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16.gguf", "out.gguf", "whole.gguf"]
 

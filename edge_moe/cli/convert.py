@@ -4,9 +4,13 @@ import argparse
 import time
 from pathlib import Path
 
-from edge_moe.cli.options import Parser
-from edge_moe.cli.report import Display, format_bytes, format_duration, print_dim, write_json
+from edge_moe.cli.conversion import convert_quantized, report_conversion
+from edge_moe.cli.conversion import type_name as recipe_name
+from edge_moe.cli.options import Parser, add_threads_option
+from edge_moe.cli.report import Display
 from edge_moe.errors import OptionError
+
+_PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _DESCRIPTION = """\
 Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind (safetensors in bf16, f16, f32 or fp8, with a byte-level
@@ -15,7 +19,8 @@ BPE tokenizer.json) to one GGUF file. OUT appears when it is complete; until the
 _EXAMPLES = """\
 examples:
   edge-moe convert DeepSeek-V2-Lite-Chat/ v2-lite.gguf
-  edge-moe convert DeepSeek-V2-Lite-Chat/ v2-lite-q8.gguf --type q8_0"""
+  edge-moe convert DeepSeek-V2-Lite-Chat/ v2-lite-q8.gguf --type q8_0
+  edge-moe convert DeepSeek-V2-Lite-Chat/ v2-lite-q4.gguf --type q4_k_m"""
 
 
 def parser(prog: str) -> Parser:
@@ -26,47 +31,45 @@ def parser(prog: str) -> Parser:
     add("out", metavar="OUT.gguf", help="the file to write")
     add(
         "--type",
-        choices=("f32", "f16", "bf16", "q8_0"),
+        metavar="TYPE",
+        type=_type_name,
         default="bf16",
-        help="how matrices are stored (default bf16); norms and the router stay f32",
+        help="how matrices are stored (default bf16): f32, f16, bf16, q8_0 or a recipe of `edge-moe quantize`, such as "
+        "q4_k_m; norms and the router stay f32",
     )
+    add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
 
+def _type_name(text: str) -> str:
+    if text.lower() in _PLAIN_TYPES:
+        return text.lower()
+    try:
+        return recipe_name(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or q8_0, bf16, f16, f32") from None
+
+
 def execute(args: argparse.Namespace) -> int:
     """Convert, with a progress bar on a terminal, and say what was written."""
-    from edge_moe_export.convert import convert
-
     try:
         folder, out = Path(args.folder), Path(args.out)
         out.exists()
     except ValueError:
         raise OptionError(f"{args.out!r} is no file name") from None
+    from edge_moe_export.convert import convert
+
     started = time.perf_counter()
     with Display() as display:
 
         def show(done_bytes: int, total_bytes: int, tensor_name: str) -> None:
             display.show("converting", done_bytes, total_bytes, tensor_name)
 
-        conversion = convert(folder, out, args.type, progress=show)
+        if args.type in _PLAIN_TYPES:
+            conversion = convert(folder, out, args.type, progress=show)
+        else:
+            display.watch_compilation()
+            conversion = convert_quantized(folder, out, args.type, [], args.threads, show)
     seconds = time.perf_counter() - started
-    if args.json:
-        write_json(
-            {
-                "path": str(out),
-                "type": args.type,
-                "bytes": conversion.size_bytes,
-                "tensors": conversion.n_tensors,
-                "notes": list(conversion.notes),
-                "seconds": seconds,
-            }
-        )
-        return 0
-    for note in conversion.notes:
-        print_dim(note)
-    print_dim(
-        f"wrote {out}: {conversion.n_tensors} tensors, {format_bytes(conversion.size_bytes)} "
-        f"in {format_duration(seconds)}"
-    )
-    return 0
+    return report_conversion(args, conversion, seconds)

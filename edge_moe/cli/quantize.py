@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_moe.cli.conversion import TYPES, convert_quantized, report_conversion, type_name
 from edge_moe.cli.options import Parser, add_threads_option, check_model_path, read_text, whole_number
 from edge_moe.cli.report import Display, format_bytes, format_duration, one_line, print_dim, write_json
 from edge_moe.errors import OptionError
@@ -23,12 +24,8 @@ if TYPE_CHECKING:
     from edge_moe.formats import BlockFormat
     from edge_moe.gguf import GGUFFile
 
-_TYPES = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
-    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "BF16", "F16", "F32",
-)  # fmt: skip
-
 _AUTO = "auto"
+
 _PROBED_WINDOWS = 4  # of the calibration text, for each tensor's sensitivity
 
 _DESCRIPTION = """\
@@ -38,8 +35,8 @@ one, by llama.cpp's rules; norms and the router stay F32. OUT appears when it is
 
 _EXAMPLES = f"""\
 types:
-  {" ".join(_TYPES[:10])}
-  {" ".join(_TYPES[10:])}
+  {" ".join(TYPES[:10])}
+  {" ".join(TYPES[10:])}
 
 examples:
   edge-moe quantize v2-lite-bf16.gguf v2-lite-q4.gguf --type Q4_K_M --imatrix v2-lite.imatrix.gguf
@@ -59,7 +56,11 @@ def parser(prog: str) -> Parser:
         prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} SRC.gguf OUT.gguf --type TYPE [options]"
     )
     add = parser.add_argument
-    add("source", metavar="SRC.gguf", help="the file to quantize, the first part of a split one")
+    add(
+        "source",
+        metavar="SRC",
+        help="the .gguf file to quantize, the first part of a split one, or a folder of Hugging Face",
+    )
     add("out", metavar="OUT.gguf", nargs="?", help="the file to write")
     add("--type", metavar="TYPE", type=_type_name, help="the recipe (see below), or auto: chosen by measurement")
     budget = parser.add_mutually_exclusive_group()
@@ -119,11 +120,7 @@ def _size(text: str) -> int:
 
 
 def _type_name(text: str) -> str:
-    if text.lower() == _AUTO:
-        return _AUTO
-    if text.upper() not in _TYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {' '.join(_TYPES)}, found {text!r}")
-    return text.upper()
+    return _AUTO if text.lower() == _AUTO else type_name(text)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -138,6 +135,8 @@ def execute(args: argparse.Namespace) -> int:
         raise OptionError("say what to make of the model: --type Q4_K_M, or another type, or --recipe FILE")
     if args.out is None and not args.print_recipe:
         raise OptionError("name the file to write: edge-moe quantize SRC.gguf OUT.gguf")
+    if Path(args.source).is_dir():
+        return _from_checkpoint(args)
     source = open_gguf(check_model_path(args.source))
     importance = read_importance(Path(args.imatrix)) if args.imatrix else None
     if args.chunks is not None and args.calibrate is None:
@@ -210,6 +209,28 @@ def execute(args: argparse.Namespace) -> int:
         f"{done.bits_per_weight:.2f} bits per weight ({kinds}) in {format_duration(seconds)}"
     )
     return 0
+
+
+def _from_checkpoint(args: argparse.Namespace) -> int:
+    """Convert and quantize a Hugging Face folder in one pass, as far as that needs no model that runs."""
+    wanted = {
+        "--type auto": args.type == _AUTO, "--calibrate": args.calibrate, "--imatrix": args.imatrix,
+        "--rotate-latent": args.rotate_latent, "--print-recipe": args.print_recipe,
+    }  # fmt: skip
+    for option, is_given in wanted.items():
+        if is_given:
+            raise OptionError(
+                f"{option}: needs a GGUF file, and {args.source} is a folder; first run edge-moe convert {args.source}"
+            )
+    started = time.perf_counter()
+    with Display() as display:
+        display.watch_compilation()
+
+        def show(done_bytes: int, total_bytes: int, tensor_name: str) -> None:
+            display.show("quantizing", done_bytes, total_bytes, tensor_name)
+
+        conversion = convert_quantized(Path(args.source), Path(args.out), args.type, _rules(args), args.threads, show)
+    return report_conversion(args, conversion, time.perf_counter() - started)
 
 
 def _rotated(

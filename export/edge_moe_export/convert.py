@@ -7,7 +7,7 @@ prediction are left out for every model.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,20 +44,34 @@ class Conversion:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Other formats than those of OUTPUT_TYPES, and who makes them."""
+
+    file_type: int  # of the key general.file_type
+    choose: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, object]], Mapping[str, BlockFormat]]  # by name
+    encode: Callable[[Iterable[np.ndarray], BlockFormat], Iterator[np.ndarray]]  # f32[R,C] parts -> u8 parts
+
+
 def convert(
-    folder: Path, out: Path, output_type: str = "bf16", *, progress: Callable[[int, int, str], None] | None = None
+    folder: Path,
+    out: Path,
+    output_type: str | Encoding = "bf16",
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Conversion:
-    """Convert the checkpoint in `folder` to the GGUF file `out`; matrices become f32, f16, bf16 or q8_0.
+    """Convert the checkpoint in `folder` to the GGUF file `out`; matrices become f32, f16, bf16, q8_0, or as encoded.
 
     Norms, router and biases stay F32; rows that are not whole blocks of Q8_0 become F16.
     Raises OptionError (paths, options, no space), FormatError (damaged, or tensors missing), UnsupportedError (other
     architectures, tokenizers or tensors).
     """
-    if output_type not in OUTPUT_TYPES:
+    if isinstance(output_type, str) and output_type not in OUTPUT_TYPES:
         raise OptionError(f"type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
     if not folder.is_dir():
         raise OptionError(f"{folder}: is no folder; name the folder of a Hugging Face checkpoint")
-    fmt, file_type = OUTPUT_TYPES[output_type]
+    encoding = None if isinstance(output_type, str) else output_type
+    fmt, file_type = OUTPUT_TYPES[output_type] if isinstance(output_type, str) else (F32, output_type.file_type)
     params = read_hyperparameters(read_json(folder / "config.json"), folder / "config.json")
     architecture = params.metadata()
     vocabulary = vocabulary_metadata(folder, params)
@@ -65,6 +79,10 @@ def convert(
     plan = _Plan(model, params, fmt)
     tensors = plan.tensors()
     notes = plan.check_rest()
+    if encoding is not None:
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        formats = encoding.choose(shapes, {"general.architecture": "deepseek2", **architecture})
+        tensors = _Plan(model, params, fmt, formats, encoding.encode).tensors()
     metadata = {
         "general.architecture": "deepseek2",
         "general.type": "model",
@@ -81,8 +99,16 @@ def convert(
 class _Plan:
     """Walks the model's layers and takes each tensor it needs from the checkpoint, shapes checked."""
 
-    def __init__(self, model: SafetensorsModel, params: HyperParameters, fmt: BlockFormat) -> None:
-        self.model, self.params, self.fmt = model, params, fmt
+    def __init__(
+        self,
+        model: SafetensorsModel,
+        params: HyperParameters,
+        fmt: BlockFormat,
+        formats: Mapping[str, BlockFormat] | None = None,
+        encode_parts: Callable[[Iterable[np.ndarray], BlockFormat], Iterator[np.ndarray]] | None = None,
+    ) -> None:
+        self.model, self.params, self.fmt, self.formats = model, params, fmt, formats
+        self.encode_parts = encode_parts or _encode_parts
         self.tied = bool(params.get("tie_word_embeddings", False))
         self._used: set[str] = set()
 
@@ -196,11 +222,13 @@ class _Plan:
 
     def _new(self, name: str, shape: tuple[int, ...], values: Callable[[], Iterable[np.ndarray]]) -> NewTensor:
         fmt = self.fmt
-        if len(shape) == 1 or "ffn_gate_inp" in name:
+        if self.formats is not None:
+            fmt = self.formats[name]
+        elif len(shape) == 1 or "ffn_gate_inp" in name:
             fmt = F32
         elif shape[-1] % fmt.block_size:
             fmt = F16
-        return NewTensor(name, fmt, shape, lambda: (encode(part, fmt) for part in values()))
+        return NewTensor(name, fmt, shape, lambda: self.encode_parts(values(), fmt))
 
     def _stacked_parts(self, sources: list[str]) -> Iterator[np.ndarray]:
         """The values of tensors one after the other, some rows at a time."""
@@ -216,6 +244,10 @@ class _Plan:
         for head in range(n_heads):
             rows = self.model.decode(source, head * head_rows + low, head * head_rows + high)
             yield rows.T if transposed else rows
+
+
+def _encode_parts(parts: Iterable[np.ndarray], fmt: BlockFormat) -> Iterator[np.ndarray]:
+    return (encode(part, fmt) for part in parts)
 
 
 def _gguf_name(name: str) -> str:
