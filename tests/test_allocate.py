@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edge_moe_quant.allocate import Choice, allocate, measured_choices
+from edge_moe_quant.allocate import Choice, allocate, measured_choices, probed_windows
 from edge_moe_quant.recipe import Rule
+from edge_moe_quant.store import EncodedStore
 from gguf_files import write_tiny_deepseek2
 from test_calibrate import GOLDEN, some_windows
 
@@ -76,6 +77,44 @@ def test_what_is_measured():
     assert all(c.n_bytes == n_weights // c.format.block_size * c.format.block_bytes for c in experts)
 
 
+def test_windows_from_all_over_the_text():
+    windows = np.arange(10)[:, None] + np.zeros((1, 512), int)
+    assert probed_windows(windows, 8000)[:, 0].tolist() == [0, 2, 5, 7]
+    assert probed_windows(windows, 102_400)[:, 0].tolist() == [0, 5]
+    assert probed_windows(windows, 10**7)[:, 0].tolist() == [0]
+    assert probed_windows(windows[:2], 8000)[:, 0].tolist() == [0, 1]
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    source = open_gguf(GOLDEN)
+    windows = some_windows(source, 1, 16)
+    store, name = EncodedStore(tmp_path / "store", "job"), "blk.0.attn_output.weight"
+    rules = [Rule(f"^(?!{name})", Q8_0)]
+    first = measured_choices(source, windows, rules, n_threads=1, store=store)
+    assert name in store
+    assert measured_choices(source, windows, rules, n_threads=1, store=store) == first
+    store.put(name, np.array([0.125]).view(np.uint8))
+    kept = {
+        choice.format.name: choice.divergence
+        for choice in measured_choices(source, windows, rules, n_threads=1, store=store)[name]
+    }
+    assert kept["Q3_K" if "Q3_K" in kept else "Q4_0"] == 0.125
+
+
+def test_a_printed_recipe_gives_the_same_types(tmp_path, capsys):
+    source, text, recipe = str(tmp_path / "tiny.gguf"), tmp_path / "text.txt", tmp_path / "recipe.txt"
+    write_tiny_deepseek2(Path(source), weight_type="BF16")
+    text.write_text("hello world, how are you. " * 3000)
+    command = ["quantize", source, "--type", "auto", "--bpw", "7", "--calibrate", str(text), "--print-recipe"]
+    assert main(command) == 0
+    recipe.write_text(capsys.readouterr().out)
+    assert main([*command, "--json"]) == 0
+    types = json.loads(capsys.readouterr().out)["tensors"]
+    assert len(set(types.values())) > 2
+    assert main(["quantize", source, str(tmp_path / "o.gguf"), "--recipe", str(recipe)]) == 0
+    assert {name: entry.format.name for name, entry in open_gguf(tmp_path / "o.gguf").tensors.items()} == types
+
+
 def test_the_command(tmp_path, capsys):
     source, text, out = str(tmp_path / "tiny.gguf"), tmp_path / "text.txt", tmp_path / "o.gguf"
     write_tiny_deepseek2(Path(source), weight_type="BF16")
@@ -95,6 +134,7 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--bpw", str(bits), "--calibrate", str(text), "--chunks", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert bits - 1.5 < report["bits_per_weight"] <= bits
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.gguf", "text.txt", "tiny.gguf"]
     size = out.stat().st_size
     assert main([*command, "--size", str(size), "--calibrate", str(text), "--chunks", "2"]) == 0
     assert out.stat().st_size <= size

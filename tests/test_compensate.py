@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from edge_moe_quant.compensate import AIM_DAMPING, DAMPING, Aim, Factor, encode_compensated
+from edge_moe_quant.compensate import AIM_DAMPING, DAMPING, SWEEPS, Aim, Factor, encode_compensated
 from edge_moe_quant.encode import encode_rows
-from edge_moe_quant.grids import TOP_CODES, grid, has_grid, with_codes
+from edge_moe_quant.grids import LEVELS, grid, has_grid, with_codes
 
 from edge_moe.formats import FORMATS
 
@@ -19,7 +19,7 @@ def moments(rng, n_cols, n=600):
 
 
 def test_every_such_format_is_here():
-    assert {fmt.name for fmt in GRIDS} == set(TOP_CODES)
+    assert {fmt.name for fmt in GRIDS} == set(LEVELS)
 
 
 @pytest.mark.parametrize("fmt", GRIDS, ids=repr)
@@ -27,42 +27,63 @@ def test_codes_in_blocks(fmt):
     rng = np.random.default_rng(1)
     data = encode_rows(rng.standard_normal((5, 512)).astype(np.float32), fmt)
     base, step = grid(data, fmt)
-    least, top = TOP_CODES[fmt.name]
-    codes = rng.integers(least, top + 1, (5, 512)).astype(np.uint8)
+    levels = LEVELS[fmt.name]
+    codes = rng.integers(0, len(levels), (5, 512)).astype(np.uint8)
     values = fmt.decode(with_codes(data, fmt, codes))
-    np.testing.assert_allclose(values, base + codes * step, rtol=0, atol=3e-6 * np.abs(values).max())
-    own = np.round((fmt.decode(data) - base) / np.where(step == 0, 1, step)).astype(np.uint8)
-    np.testing.assert_array_equal(fmt.decode(with_codes(data, fmt, own)), fmt.decode(data))
+    np.testing.assert_allclose(values, base + levels[codes] * step, rtol=0, atol=3e-6 * np.abs(values).max())
+    own = np.abs(((fmt.decode(data) - base) / np.where(step == 0, 1, step))[..., None] - levels).argmin(-1)
+    np.testing.assert_array_equal(fmt.decode(with_codes(data, fmt, own.astype(np.uint8))), fmt.decode(data))
 
 
-def walk(values, base, step, least, top, h):
+def nearest(wanted, base, step, levels):
+    """Codes i64[R] of the values base + level * step next to what is wanted f64[R]."""
+    return np.abs(base[:, None] + np.outer(step, levels) - wanted[:, None]).argmin(axis=1)
+
+
+def walk(values, base, step, levels, h):
     """Column by column by the plain definition: after each, the rest is moved to the best it can still be."""
     work, codes = values.astype(np.float64), np.zeros(values.shape, int)
-    h = h + np.eye(len(h)) * DAMPING * np.diagonal(h).mean()
-    for position, j in enumerate(np.argsort(-np.diagonal(h), kind="stable")):
-        codes[:, j] = np.clip(np.floor((work[:, j] - base[:, j]) / step[:, j] + 0.5), least, top)
-        error = work[:, j] - (base[:, j] + codes[:, j] * step[:, j])
-        rest = np.argsort(-np.diagonal(h), kind="stable")[position + 1 :]
+    order = np.argsort(-np.diagonal(h), kind="stable")
+    for position, j in enumerate(order):
+        codes[:, j] = nearest(work[:, j], base[:, j], step[:, j], levels)
+        error = work[:, j] - (base[:, j] + levels[codes[:, j]] * step[:, j])
+        rest = order[position + 1 :]
         if len(rest):  # least squares: the rest answers for -error at column j
             work[:, rest] += np.outer(error, np.linalg.solve(h[np.ix_(rest, rest)], h[rest, j]))
-        work[:, j] = base[:, j] + codes[:, j] * step[:, j]
     return codes
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
+def descend(values, base, step, levels, h, codes):
+    """Sweeps over the columns, each code the best one while all others stay."""
+    for _ in range(SWEEPS):
+        for j in np.argsort(-np.diagonal(h), kind="stable"):
+            error = values - (base + levels[codes] * step)
+            error[:, j] = 0
+            codes[:, j] = nearest(values[:, j] + error @ h[:, j] / h[j, j], base[:, j], step[:, j], levels)
+    return codes
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "IQ4_NL"])
 def test_against_the_plain_definition(name):
     fmt = next(each for each in FORMATS if each.name == name)
     rng = np.random.default_rng(2)
     values, (h, _) = rng.standard_normal((6, 160)).astype(np.float32), moments(rng, 160)
     factor = Factor(h)
-    start = encode_rows(values, fmt, factor.importance)
-    base, step = grid(start, fmt)
-    expected = walk(values, base.astype(float), step.astype(float), *TOP_CODES[name], h)
+    base, step = (each.astype(float) for each in grid(encode_rows(values, fmt, factor.importance), fmt))
+    levels, damped = LEVELS[name].astype(float), h + np.eye(len(h)) * DAMPING * np.diagonal(h).mean()
+    expected = walk(values, base, step, levels, damped)
+
+    def loss(codes):
+        error = values - (base + levels[codes] * step)
+        return np.einsum("ri,ij,rj->r", error, damped, error)
+
+    better = descend(values, base, step, levels, damped, expected.copy())
     restored = fmt.decode(encode_compensated(values, fmt, factor))
-    same = np.abs(restored - (base + expected * step)) < np.abs(step) / 2
+    codes = np.abs(((restored - base) / step)[..., None] - levels).argmin(-1)
     # a weight in the middle between two codes may fall to either, and what follows it in its row moves along
-    assert same.mean() > 0.97
-    assert same.all(axis=1).sum() >= 3
+    assert (codes == better).mean() > 0.97
+    assert (codes == better).all(axis=1).sum() >= 3
+    assert loss(codes).sum() < 0.99 * loss(expected).sum()
 
 
 @pytest.mark.parametrize("fmt", GRIDS, ids=repr)

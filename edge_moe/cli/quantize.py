@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _AUTO = "auto"
 
-_PROBED_WINDOWS = 4  # of the calibration text, for each tensor's sensitivity
-
 _DESCRIPTION = """\
 Quantize a GGUF file of F32, F16 or BF16. Each type is a recipe: most tensors get the format in its name, some a better
 one, by llama.cpp's rules; norms and the router stay F32. OUT appears when it is complete. An interrupted run leaves
@@ -146,11 +144,12 @@ def execute(args: argparse.Namespace) -> int:
     facts = ModelFacts.from_metadata(source.metadata)
     rules = _rules(args)
     is_auto = args.type == _AUTO
+    allocated, measured = _allocated(args, source, rules) if is_auto else ([], None)
     formats = choose_formats(
         shapes,
         facts,
         None if is_auto else args.type,
-        [*_allocated(args, source, rules), *rules] if is_auto else rules,
+        [*allocated, *rules],
         has_importance=bool(importance or args.calibrate),
     )
     if args.print_recipe:
@@ -177,8 +176,9 @@ def execute(args: argparse.Namespace) -> int:
             n_threads=args.threads,
             progress=show,
         )
-    if store is not None:
-        store.remove()
+    for each in (store, measured):
+        if each is not None:
+            each.remove()
     seconds = time.perf_counter() - started
     without = [] if importance is None else [n for n in _encoded(source, formats) if n not in importance.values]
     if args.json:
@@ -282,11 +282,15 @@ def _check_budget(args: argparse.Namespace) -> None:
         raise OptionError("--bpw and --size: are for --type auto")
 
 
-def _allocated(args: argparse.Namespace, source: "GGUFFile", rules: "Sequence[Rule]") -> "list[Rule]":
-    """A rule for each tensor, by measured sensitivity under the budget."""
-    from edge_moe_quant.allocate import allocate, measured_choices
+def _allocated(
+    args: argparse.Namespace, source: "GGUFFile", rules: "Sequence[Rule]"
+) -> "tuple[list[Rule], EncodedStore | None]":
+    """A rule for each tensor, by measured sensitivity under the budget; what was measured is kept beside the output."""
+    from edge_moe_quant.allocate import allocate, measured_choices, probed_windows
     from edge_moe_quant.calibrate import text_windows
+    from edge_moe_quant.quantize import calibration_key
     from edge_moe_quant.recipe import Rule
+    from edge_moe_quant.store import EncodedStore
 
     from edge_moe.api import default_threads
     from edge_moe.tokenizer import Tokenizer
@@ -299,15 +303,22 @@ def _allocated(args: argparse.Namespace, source: "GGUFFile", rules: "Sequence[Ru
         n_weights = sum(math.prod(entry.shape) for entry in source.tensors.values())
         budget_bytes = int(args.bpw * n_weights / 8)
     tokenizer = Tokenizer.from_metadata(source.metadata, source.path)
-    windows = text_windows(tokenizer, read_text(args.calibrate), _window_length(source), _PROBED_WINDOWS)
+    windows = text_windows(tokenizer, read_text(args.calibrate), _window_length(source), args.chunks)
+    windows = probed_windows(windows, tokenizer.vocab_size)
+    store = None
+    if args.out is not None and not args.print_recipe:
+        out = Path(args.out)
+        store = EncodedStore(out.parent / f".{out.name}.measured", calibration_key(source, {}, windows))
     with Display() as display:
         display.watch_compilation()
 
         def show(done: int, total: int, name: str) -> None:
             display.show("measuring", done, total, name)
 
-        choices = measured_choices(source, windows, rules, n_threads=args.threads or default_threads(), progress=show)
-    return [Rule(name, fmt) for name, fmt in allocate(choices, budget_bytes).items()]
+        choices = measured_choices(
+            source, windows, rules, n_threads=args.threads or default_threads(), store=store, progress=show
+        )
+    return [Rule(name, fmt) for name, fmt in allocate(choices, budget_bytes).items()], store
 
 
 def _window_length(source: "GGUFFile") -> int:
