@@ -153,10 +153,10 @@ def test_experts_seldom_hit_are_searched(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "encode_compensated", lambda values, fmt, factor: seen.append(values) or np.empty(0))
     known = np.eye(32), np.eye(32)
-    module._encoder(Q4_0, known, False)(np.ones((2, 32), np.float32))
-    module._encoder(Q4_0, None, True)(np.ones((2, 32), np.float32))
+    module._encoder(known, False)(np.ones((2, 32), np.float32), Q4_0)
+    module._encoder(None, True)(np.ones((2, 32), np.float32), Q4_0)
     assert not seen
-    module._encoder(Q4_0, known, True)(np.ones((2, 32), np.float32))
+    module._encoder(known, True)(np.ones((2, 32), np.float32), Q4_0)
     assert len(seen) == 1
 
 

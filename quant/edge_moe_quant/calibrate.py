@@ -7,7 +7,7 @@ sends it, by the square of the gate; its second moments are drawn towards those 
 they are. Only one layer's moments are held at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,8 +32,8 @@ from edge_moe.tokenizer import Tokenizer
 from edge_moe.weights import Weight
 from edge_moe_quant.compensate import Aim, Factor, encode_compensated
 from edge_moe_quant.encode import encode_rows
-from edge_moe_quant.grids import has_grid
 from edge_moe_quant.moments import Inputs, Moments, MomentsOf, Pair, RoutedMoments
+from edge_moe_quant.pages import forget_pages
 from edge_moe_quant.store import EncodedStore
 
 LEAST_HITS = 256  # tokens of an expert below which its weights are searched only: its moments say too little
@@ -94,8 +94,8 @@ def calibrate(
 ) -> Coverage:
     """Encode the matrices of all layers and the head into `store`. windows i64[N,L] token ids; formats by file name.
 
-    What the store has already is taken from there. Formats without an even grid, and experts that were seldom hit, are
-    searched with the moments as importance; tensors that a layer holds in parts (a fused gate_up or kv_b) are left out.
+    What the store has already is taken from there. Experts that were seldom hit are searched with the moments as
+    importance; tensors that a layer holds in parts (a fused gate_up or kv_b) are left out.
     Raises FormatError for weights or activations that are not finite.
     """
     job = _Job(checkpoint, windows, formats, store, n_threads)
@@ -151,7 +151,7 @@ class _Job:
 
     def embedding(self) -> Weight:
         """The quantized embeddings."""
-        return self._encode(self.weights.embed_tokens, lambda weight, matrix: None)
+        return self._encode([self.weights.embed_tokens], lambda weight, matrix: None)[0]
 
     def layer(self, index: int, streams: list[_Stream]) -> None:
         """Quantize a layer and run both streams of each window through it."""
@@ -166,6 +166,7 @@ class _Job:
         for stream in streams:
             run = self.model.feed_forward
             stream.add(run(self.ops, feed_forward, stream.x), run(self.ops, layer.mlp, stream.x0))
+            self._forget()
 
     def head(self, streams: list[_Stream]) -> None:
         """Quantize the head, where it is not the embeddings themselves."""
@@ -177,7 +178,7 @@ class _Job:
             both = Inputs(self.n_threads), Inputs(self.n_threads)
             both[0].of[id(self.weights.lm_head)], both[1].of[id(self.weights.lm_head)] = stream.x, stream.x0
             moments.add(*both)
-        self._encode(self.weights.lm_head, moments.moments)
+        self._encode([self.weights.lm_head], moments.moments)
 
     def _attend(self, ops: CpuBackend, w: Attention, x: np.ndarray) -> np.ndarray:
         config = replace(self.checkpoint.config, num_hidden_layers=1)
@@ -195,16 +196,19 @@ class _Job:
             self._attend(both[0], w, stream.x)
             self._attend(both[1], w, stream.x0)
             moments.add(*both)
-        m = moments.moments
+
+        def encode(weight: Weight) -> Weight:
+            return self._encode([weight], moments.moments)[0]
+
         return replace(
             w,
-            q_proj=replace(query, q_a_proj=self._encode(query.q_a_proj, m), q_b_proj=self._encode(query.q_b_proj, m))
+            q_proj=replace(query, q_a_proj=encode(query.q_a_proj), q_b_proj=encode(query.q_b_proj))
             if isinstance(query, LowRankQuery)
-            else self._encode(query, m),
-            kv_a_proj_with_mqa=self._encode(w.kv_a_proj_with_mqa, m),
-            k_b_proj=self._encode(w.k_b_proj, m),
-            v_b_proj=self._encode(w.v_b_proj, m),
-            o_proj=self._encode(w.o_proj, m),
+            else encode(query),
+            kv_a_proj_with_mqa=encode(w.kv_a_proj_with_mqa),
+            k_b_proj=encode(w.k_b_proj),
+            v_b_proj=encode(w.v_b_proj),
+            o_proj=encode(w.o_proj),
         )
 
     def _feed_forward(self, index: int, original: MLP | MoE, streams: list[_Stream]) -> MLP | MoE:
@@ -219,6 +223,7 @@ class _Job:
                 moments.add(*both)
                 if both[0].routed is not None:
                     calls.append((*both[0].routed, stream.x0))
+                self._forget()
             if isinstance(w, MLP):
                 w = self._mlp(w, moments.moments, is_down)
                 continue
@@ -235,56 +240,72 @@ class _Job:
 
     def _mlp(self, w: MLP, moments_of: MomentsOf, is_down: bool, hits: np.ndarray | None = None) -> MLP:
         if is_down:
-            return replace(w, down_proj=self._encode(w.down_proj, moments_of, hits))
-        return replace(
-            w,
-            gate_proj=self._encode(w.gate_proj, moments_of, hits),
-            up_proj=self._encode(w.up_proj, moments_of, hits),
-        )
+            return replace(w, down_proj=self._encode([w.down_proj], moments_of, hits)[0])
+        gate, up = self._encode([w.gate_proj, w.up_proj], moments_of, hits)
+        return replace(w, gate_proj=gate, up_proj=up)
+
+    def _forget(self) -> None:
+        """Let go of what was read of the source: a layer's experts alone can be more than the memory there is."""
+        for entry in self.checkpoint.tensors.values():
+            forget_pages(entry.data)
 
     # ---- one tensor ----
 
     def _is_left_out(self, weight: Weight) -> bool:
-        fmt = self.formats[self.checkpoint.tensor_name(weight.name)]
+        fmt = self._format(weight)
         is_part = weight.first_byte or weight.stride_bytes or weight.n_bytes != weight.data.nbytes
         return bool(is_part) or fmt is weight.format or fmt.name in ("F32", "F16", "BF16")
 
-    def _all_stored(self, weights: Iterable[Weight]) -> bool:
-        return all(self._is_left_out(w) or self.checkpoint.tensor_name(w.name) in self.store for w in weights)
+    def _encode(self, weights: list[Weight], moments_of: MomentsOf, hits: np.ndarray | None = None) -> list[Weight]:
+        """Weights of one input, quantized: from the store or made now; each is itself where it is left out."""
+        wanted = [weight for weight in weights if not self._is_left_out(weight)]
+        missing = [weight for weight in wanted if self._name(weight) not in self.store]
+        encoded = [
+            np.empty((_n_matrices(w), w.shape[-2], self._format(w).row_bytes(w.shape[-1])), np.uint8) for w in missing
+        ]
 
-    def _encode(self, weight: Weight, moments_of: MomentsOf, hits: np.ndarray | None = None) -> Weight:
-        """The quantized weight, from the store or made now; itself where it is left out."""
-        name = self.checkpoint.tensor_name(weight.name)
-        fmt = self.formats[name]
-        if self._is_left_out(weight):
-            return weight
-        if name not in self.store:
-            n_matrices = weight.shape[0] if len(weight.shape) == 3 else 1
-            n_rows, n_cols = weight.shape[-2:]
-            whole = np.empty((n_matrices, n_rows, fmt.row_bytes(n_cols)), np.uint8)
-            step = max(1, _VALUES_AT_ONCE // n_cols)
-
-            def encode(k: int) -> None:
-                data = weight.data.reshape(n_matrices, n_rows, -1)[k]
-                is_known = hits is None or bool(hits[k] >= LEAST_HITS)
-                encode_values = _encoder(fmt, moments_of(weight, k), is_known)
+        def encode(k: int) -> None:
+            is_known = hits is None or bool(hits[k] >= LEAST_HITS)
+            encode_values = _encoder(moments_of(missing[0], k), is_known)
+            for weight, whole in zip(missing, encoded, strict=True):
+                n_rows, n_cols = weight.shape[-2:]
+                data = weight.data.reshape(len(whole), n_rows, -1)[k]
+                step = max(1, _VALUES_AT_ONCE // n_cols)
                 for row in range(0, n_rows, step):
-                    whole[k, row : row + step] = encode_values(weight.format.decode(data[row : row + step]))
+                    values = weight.format.decode(data[row : row + step])
+                    whole[k, row : row + step] = encode_values(values, self._format(weight))
 
+        if missing:
             with ThreadPoolExecutor(self.n_threads) as pool:
-                for _ in pool.map(encode, range(n_matrices)):
+                for _ in pool.map(encode, range(_n_matrices(missing[0]))):
                     pass
-            self.store.put(name, whole.reshape(-1))
-        return Weight(weight.name, fmt, weight.shape, self.store.get(name))
+        for weight, whole in zip(missing, encoded, strict=True):
+            self.store.put(self._name(weight), whole.reshape(-1))
+        return [
+            Weight(weight.name, self._format(weight), weight.shape, self.store.get(self._name(weight)))
+            if weight in wanted
+            else weight
+            for weight in weights
+        ]
+
+    def _name(self, weight: Weight) -> str:
+        return self.checkpoint.tensor_name(weight.name)
+
+    def _format(self, weight: Weight) -> BlockFormat:
+        return self.formats[self._name(weight)]
 
 
-def _encoder(fmt: BlockFormat, moments: Pair | None, is_known: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """What encodes rows of a matrix with these moments: f32[R,C] -> u8[R,row_bytes]."""
+def _n_matrices(weight: Weight) -> int:
+    return weight.shape[0] if len(weight.shape) == 3 else 1
+
+
+def _encoder(moments: Pair | None, is_known: bool) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
+    """What encodes rows of matrices with these moments: f32[R,C] in a format -> u8[R,row_bytes]."""
     if moments is None or not np.trace(moments[0]) > 0:
-        return partial(encode_rows, fmt=fmt)
+        return encode_rows
     own, cross = moments
-    if not (is_known and has_grid(fmt)):
+    if not is_known:
         diagonal = np.diagonal(own)
-        return partial(encode_rows, fmt=fmt, importance=np.maximum(diagonal / diagonal.mean(), 1e-3).astype(np.float32))
+        return partial(encode_rows, importance=np.maximum(diagonal / diagonal.mean(), 1e-3).astype(np.float32))
     factor, aim = Factor(own), Aim(own, cross)
-    return lambda values: encode_compensated(aim.at(values), fmt, factor)
+    return lambda values, fmt: encode_compensated(aim.at(values), fmt, factor)

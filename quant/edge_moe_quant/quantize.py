@@ -1,7 +1,6 @@
 """Quantizes a GGUF file to another, slice by slice on all threads, in little memory however large the model is."""
 
 import hashlib
-import mmap
 import os
 import struct
 from collections import deque
@@ -20,6 +19,7 @@ from edge_moe.formats import BlockFormat
 from edge_moe.gguf import GGUFFile, TensorEntry
 from edge_moe_quant.encode import encode_rows, prepare
 from edge_moe_quant.importance import Importance
+from edge_moe_quant.pages import forget_pages
 from edge_moe_quant.rotation import KEY as ROTATION_KEY
 from edge_moe_quant.store import EncodedStore
 
@@ -147,7 +147,7 @@ class _Work:
                 encoded = self._encode_rows(entry, part.first_row, values, fmt)
             else:
                 encoded = encode_plain(values, fmt)
-        _forget(data)
+        forget_pages(data)
         return encoded.reshape(-1)
 
     def _encode_rows(self, entry: TensorEntry, first_row: int, values: np.ndarray, fmt: BlockFormat) -> np.ndarray:
@@ -167,18 +167,6 @@ def _slices(entry: TensorEntry) -> Iterator[_Slice]:
     for matrix in range(0, n_rows, rows_of_matrix):
         for row in range(matrix, matrix + rows_of_matrix, step):
             yield _Slice(entry, row, min(step, matrix + rows_of_matrix - row))
-
-
-def _forget(data: np.ndarray) -> None:
-    """Let go of the pages of a slice of the mapped file; they would count as memory of this process."""
-    whole = data
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    mapped = whole.base.obj if isinstance(whole.base, memoryview) else whole.base
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        start = data.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, first, start + data.nbytes - first)
 
 
 # ---- metadata -------------------------------------------------------------------------------------------------------
