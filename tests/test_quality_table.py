@@ -133,3 +133,8 @@ def test_statistics_of_llama_perplexity(table):
     assert found["delta_p_rms"] == pytest.approx(0.00976)
     with pytest.raises(ToolError, match="printed no kld_mean"):
         parse_statistics(STATISTICS.replace("Mean    KLD", "Mean divergence"))
+
+
+def test_types_and_bits(table):
+    assert table.type_options("Q4_K_M") == ["--type", "Q4_K_M"]
+    assert table.type_options("auto-4.25") == ["--type", "auto", "--bpw", "4.25"]

@@ -201,6 +201,12 @@ def made_by_llama(args: argparse.Namespace, kind: str, imatrix: Path | None) -> 
     return Candidate(THEIRS, kind, path)
 
 
+def type_options(kind: str) -> list[str]:
+    """Options of `edge-moe quantize` for a type, or for auto-4.5: types chosen for so many bits per weight."""
+    name, _, bits = kind.partition("-")
+    return ["--type", name, "--bpw", bits] if name == "auto" else ["--type", kind]
+
+
 def made_by_us(args: argparse.Namespace, kind: str, imatrix: Path | None) -> Candidate:
     """A file by `edge-moe quantize`."""
     import edge_moe_quant
@@ -211,7 +217,7 @@ def made_by_us(args: argparse.Namespace, kind: str, imatrix: Path | None) -> Can
     what = [identity(args.source), options, sources(Path(edge_moe_quant.__file__).parent)]
     path = args.work / f"{args.source.stem}-edge_moe-{kind}-{digest(what)}.gguf"
     if not path.exists():  # edge-moe itself writes under another name first
-        run([sys.executable, "-m", "edge_moe", "quantize", args.source, path, "--type", kind, *options])
+        run([sys.executable, "-m", "edge_moe", "quantize", args.source, path, *type_options(kind), *options])
     return Candidate(OURS, kind, path)
 
 
@@ -324,7 +330,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", metavar="FILE", type=Path, required=True, help="text to judge on, never the one calibrated with")
     add("--ours", help="a file of ours; the same LABEL pairs it with one of theirs", **names)
     add("--theirs", help="a file by llama-quantize", **names)
-    add("--make-ours", help="make these by `edge-moe quantize SOURCE OUT --type TYPE`", **types)
+    add("--make-ours", help="make these by `edge-moe quantize`; auto-4.5 is --type auto --bpw 4.5", **types)
     add("--ours-options", metavar="WORDS", help="options of `edge-moe quantize`, as one argument (default: --imatrix)")
     add("--make-theirs", help="make these by llama-quantize", **types)
     add("--calibration", metavar="FILE", type=Path, help="text from which llama-imatrix makes an importance matrix")
