@@ -16,7 +16,7 @@ from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import OptionError
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
-from edge_moe.latent_cache import LatentCache, check_kind
+from edge_moe.latent_cache import check_kind
 from edge_moe.models import deepseek2
 from edge_moe.onnx_folder import OnnxFolder, OnnxPass
 from edge_moe.sampling import Sampler, SamplingOptions
@@ -71,9 +71,10 @@ class Model:
     def new_cache(self, context_length: int | None = None) -> Cache:
         """An empty latent cache for `forward`."""
         length = context_length or self.context_length
-        if isinstance(self._pass, OnnxPass):
-            return self._pass.new_cache(length)
-        return LatentCache(self.config, length, self.kv)
+        if isinstance(self._pass, deepseek2.DeepseekV2):
+            return self._pass.new_cache(length, self.kv)
+        assert isinstance(self._pass, OnnxPass)
+        return self._pass.new_cache(length)
 
     def forward(self, token_ids: np.ndarray, cache: Cache, *, all_logits: bool = False) -> np.ndarray:
         """Run tokens behind those in `cache`. token_ids i64[T] -> f32[1,vocab] of the last, or f32[T,vocab] of all."""
@@ -163,7 +164,8 @@ def load(
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
-    `kv` is how latent caches keep their numbers: "bf16", "int8" (little more than half of that) or "f32" (exact).
+    `kv` is how latent caches keep their numbers: "bf16", "int8" (little more than half of that), "int4" (little more
+    than a third) or "f32" (exact).
 
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 

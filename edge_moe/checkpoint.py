@@ -230,6 +230,7 @@ def read_config(gguf: GGUFFile, *, has_weights: bool = True) -> ModelConfig:
         routed_scaling_factor=keys.number("expert_weights_scale", 0.0) or 1.0,
         n_group=keys.integer("expert_group_count", 0) or 1,
         topk_group=keys.integer("expert_group_used_count", 0) or 1,
+        latent_is_rotated="edge_moe.latent_rotation" in gguf.metadata,
     )
     _check_router(keys, config)
     return config

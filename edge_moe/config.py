@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-KV_KINDS = ("bf16", "int8", "f32")  # how the latent cache can keep its numbers; the first is the default
+KV_KINDS = ("bf16", "int8", "int4", "f32")  # how the latent cache can keep its numbers; the first is the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,8 @@ class ModelConfig:
     routed_scaling_factor: float
     n_group: int
     topk_group: int
+    # how the file was made, not what the model is
+    latent_is_rotated: bool = False
 
     @property
     def qk_head_dim(self) -> int:

@@ -1,6 +1,4 @@
-"""The compressed cache: one latent and one rope key per token and layer, in bf16, 8 bits or f32."""
-
-from typing import Any
+"""The compressed cache: one latent and one rope key per token and layer, in bf16, 8 bits, 4 bits or f32."""
 
 import numpy as np
 
@@ -8,6 +6,8 @@ from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import OptionError, ShapeError
 from edge_moe.kernels import attention
 from edge_moe.kernels.attention import Step
+from edge_moe.kernels.blocks import TAGS
+from edge_moe.kernels.hadamard import rotate_units, rotation_plan
 from edge_moe.kernels.launch import compiled_address, launch
 
 
@@ -30,10 +30,18 @@ class LatentCache:
     """Latents of the tokens seen so far. Pages are taken from the system as the context grows.
 
     `kind` says how they are kept: "bf16" (2 bytes a number), "int8" (latents in 8 bits with a scale for each token and
-    128 dims, rope keys in bf16) or "f32", which loses nothing.
+    128 dims, rope keys in bf16), "int4" (4 bits, with a step and a middle for each token and 32 dims) or "f32", which
+    loses nothing. With `gains` f32[layers,R], what each layer's norm multiplied its latents with, they are kept without
+    them and rotated, so that no channel stands out; answers are given in the latents' own terms all the same.
     """
 
-    def __init__(self, config: ModelConfig, context_length: int, kind: str = KV_KINDS[0]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        context_length: int,
+        kind: str = KV_KINDS[0],
+        gains: np.ndarray | None = None,
+    ) -> None:
         if not 1 <= context_length <= config.max_position_embeddings:
             raise OptionError(
                 f"context length {context_length}: the model takes 1 to {config.max_position_embeddings} tokens"
@@ -43,6 +51,13 @@ class LatentCache:
         self._format = attention.FORMATS[kind]
         self._shape = config.kv_lora_rank, config.qk_rope_head_dim
         self._length = np.zeros(1, np.int64)
+        self._rotation: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # gains, their inverses, ones
+        if gains is not None:
+            gains = np.ascontiguousarray(gains, np.float32)
+            if gains.shape != (config.num_hidden_layers, config.kv_lora_rank):
+                raise ShapeError(f"gains {list(gains.shape)} for {config.num_hidden_layers} x {config.kv_lora_rank}")
+            inverses = np.divide(1, gains, where=gains != 0, out=np.zeros_like(gains))  # of 0: such a latent is 0
+            self._rotation = gains, inverses, np.ones_like(gains[0])
         self._n_bytes = latent_cache_bytes(config, context_length, kind)
         self._layer_bytes = self._n_bytes // config.num_hidden_layers
         # np.zeros leaves the pages to the system until they are written
@@ -66,8 +81,12 @@ class LatentCache:
 
     def attention_scratch(self, n_tokens: int, n_heads: int) -> np.ndarray:
         """Memory u8[] for the steps of n_tokens at once; one serves all layers, run one after the other."""
-        n_bytes = attention.scratch_bytes(n_tokens, n_heads, *self._shape, self.context_length)
-        return np.empty(n_bytes, np.uint8)
+        return np.empty(self._scratch_bytes(n_tokens, n_heads, self.context_length), np.uint8)
+
+    def _scratch_bytes(self, n_tokens: int, n_heads: int, end: int) -> int:
+        """Bytes for the steps of n_tokens in a context of `end` tokens: rotated queries and latents come first."""
+        n_bytes = attention.scratch_bytes(n_tokens, n_heads, *self._shape, end)
+        return n_bytes + (4 * n_tokens * (n_heads + 1) * self._shape[0] if self._rotation else 0)
 
     def attention_steps(
         self,
@@ -96,16 +115,44 @@ class LatentCache:
         """
         return self._steps(layer, self.context_length, q_latent, q_pe, c_kv, k_pe, out, scratch, scale)
 
-    def _steps(self, layer: int, end: int, *arrays_and_scale: Any) -> list[Step]:
+    def _steps(
+        self,
+        layer: int,
+        end: int,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        out: np.ndarray,
+        scratch: np.ndarray,
+        scale: float,
+    ) -> list[Step]:
         """The steps in a context of `end` tokens."""
-        q_latent, q_pe = arrays_and_scale[:2]
         if (q_latent.shape[-1], q_pe.shape[-1]) != self._shape:
             found = q_latent.shape[-1], q_pe.shape[-1]
             raise ShapeError(
                 f"queries of {found[0]} + {found[1]} dims for a cache of {self._shape[0]} + {self._shape[1]}"
             )
         address = ((self._memory.ctypes.data + 63) & ~63) + layer * self._layer_bytes
-        return attention.attention_steps(self._format, address, self._length.ctypes.data, end, *arrays_and_scale)
+        length = self._length.ctypes.data
+        if self._rotation is None:
+            return attention.attention_steps(
+                self._format, address, length, end, q_latent, q_pe, c_kv, k_pe, out, scratch, scale
+            )
+        (n_tokens, n_heads, rank), (gains, inverses, ones) = q_latent.shape, self._rotation
+        if c_kv.shape != (n_tokens, rank) or scratch.nbytes < self._scratch_bytes(n_tokens, n_heads, end):
+            raise ShapeError(f"latents {list(c_kv.shape)} or {scratch.nbytes} bytes of scratch do not fit the queries")
+        rows = scratch[: 4 * n_tokens * (n_heads + 1) * rank].view(np.float32).reshape(-1, rank)
+        query, latent = rows[n_tokens:].reshape(q_latent.shape), rows[:n_tokens]
+        # with c = gain * H r the cache keeps r: q . c = H (gain * q) . r, and the sum of p c is gain * H (sum of p r)
+        return [
+            _rotation_step(c_kv[:, None], latent[:, None], inverses[layer], ones),
+            _rotation_step(q_latent, query, gains[layer], ones),
+            *attention.attention_steps(
+                self._format, address, length, end, query, q_pe, latent, k_pe, out, scratch[rows.nbytes :], scale
+            ),
+            _rotation_step(out, out, ones, gains[layer]),
+        ]
 
     def attend(
         self,
@@ -124,13 +171,13 @@ class LatentCache:
         n_tokens, n_heads = q_latent.shape[:2]
         if n_tokens > self.free:
             raise ShapeError(f"{n_tokens} tokens for a cache with room for {self.free}")
-        arrays = [array if array.strides[-1] == 4 else array.copy() for array in (q_latent, q_pe, c_kv, k_pe)]
+        q_latent, q_pe, c_kv, k_pe = (x if x.strides[-1] == 4 else x.copy() for x in (q_latent, q_pe, c_kv, k_pe))
         out = np.empty(q_latent.shape, np.float32)
         end = self.length + n_tokens
-        n_bytes = attention.scratch_bytes(n_tokens, n_heads, *self._shape, end)
+        n_bytes = self._scratch_bytes(n_tokens, n_heads, end)
         if self._scratch.size < n_bytes:
             self._scratch = np.empty(n_bytes, np.uint8)
-        for step in self._steps(layer, end, *arrays, out, self._scratch, scale):
+        for step in self._steps(layer, end, q_latent, q_pe, c_kv, k_pe, out, self._scratch, scale):
             code = compiled_address(step.function, step.fmt)
             launch(code, step.plan.ctypes.data, step.n_units, step.operations, n_threads)
         return out
@@ -144,3 +191,9 @@ class LatentCache:
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot cut the cache to {length} tokens: it holds {self.length}")
         self._length[0] = length
+
+
+def _rotation_step(source: np.ndarray, place: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
+    plan = rotation_plan(source, place, before, after)
+    n_rows, rank = source.shape[0] * source.shape[1], source.shape[2]
+    return Step(rotate_units, TAGS["F32"], plan, n_rows, n_rows * rank * (2 + rank.bit_length()))

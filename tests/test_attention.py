@@ -30,6 +30,7 @@ every_kind = pytest.mark.parametrize("kind", KV_KINDS)
 # Of the largest value: sums of floats; for int8 also probabilities in whole numbers, and queries that lie in the middle
 # between two codes, to be rounded either way.
 TOLERANCE = {"f32": 2e-6, "bf16": 2e-6, "int8": 16 / MAX_PROBABILITY + 1 / 8 / MAX_QUERY}
+TOLERANCE["int4"] = TOLERANCE["int8"]
 
 
 def config(rank, rope, n_layers=1, longest=100_000):
@@ -44,26 +45,44 @@ def bf16(x):
     return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
 
 
-def quantized(x, most):
-    """Each row's groups of 128 in whole steps of its largest magnitude / most -> (codes, steps)."""
-    codes, steps = np.zeros_like(x), np.zeros((*x.shape[:-1], -(-x.shape[-1] // 128)), np.float32)
+def quantized(x, most, group=128):
+    """Each row's groups in whole steps of its largest magnitude / most -> (codes, steps)."""
+    codes, steps = np.zeros_like(x), np.zeros((*x.shape[:-1], -(-x.shape[-1] // group)), np.float32)
     for g in range(steps.shape[-1]):
-        part = x[..., 128 * g : 128 * (g + 1)]
+        part = x[..., group * g : group * (g + 1)]
         steps[..., g] = np.abs(part).max(-1) * np.float32(1 / most)
-        step = steps[..., g : g + 1]
-        inverse = np.divide(np.float32(1), step, where=step > 0, out=np.zeros_like(step))
-        codes[..., 128 * g : 128 * (g + 1)] = np.rint(part * inverse)
+        codes[..., group * g : group * (g + 1)] = np.rint(part * inverse_of(steps[..., g : g + 1]))
     return codes, steps
 
 
-def rounded(x, most):
-    codes, steps = quantized(x, most)
-    return codes.astype(np.float64) * np.repeat(steps, 128, -1)[..., : x.shape[-1]]
+def inverse_of(x):
+    return np.divide(np.float32(1), x, where=x > 0, out=np.zeros_like(x))
+
+
+def rounded(x, most, group=128):
+    codes, steps = quantized(x, most, group)
+    return codes.astype(np.float64) * np.repeat(steps, group, -1)[..., : x.shape[-1]]
+
+
+def in_four_bits(x):
+    """Groups of 32 as middle + step * (code - 8), steps and middles in 8 bits of the row's largest -> f64."""
+    groups = [x[:, first : first + 32] for first in range(0, x.shape[1], 32)]
+    steps = np.stack([(part.max(1) - part.min(1)) * np.float32(1 / 15) for part in groups], axis=1)
+    middles = np.stack([part.min(1) for part in groups], axis=1) + np.float32(8) * steps
+    step_unit = steps.max(1, keepdims=True) * np.float32(1 / 255)
+    middle_unit = np.abs(middles).max(1, keepdims=True) * np.float32(1 / 127)
+    steps = np.minimum(np.ceil(steps * inverse_of(step_unit)), np.float32(255)) * step_unit
+    middles = np.rint(middles * inverse_of(middle_unit)) * middle_unit
+    out = []
+    for g, part in enumerate(groups):
+        codes = np.clip(np.rint((part - middles[:, g, None]) * inverse_of(steps[:, g, None])), -8, 7)
+        out.append(middles[:, g, None].astype(np.float64) + codes * steps[:, g, None].astype(np.float64))
+    return np.concatenate(out, axis=1)
 
 
 def kept(kind, c_kv, k_pe):
     """What a cache makes of latents and rope keys, f64."""
-    latents = {"f32": np.asarray, "bf16": bf16, "int8": lambda x: rounded(x, 127)}[kind](c_kv)
+    latents = {"f32": np.asarray, "bf16": bf16, "int8": lambda x: rounded(x, 127), "int4": in_four_bits}[kind](c_kv)
     return latents.astype(np.float64), (np.asarray(k_pe) if kind == "f32" else bf16(k_pe)).astype(np.float64)
 
 
@@ -71,8 +90,8 @@ def slow_attention(kind, tokens, start, scale):
     """Softmax over all visible positions at once. Of all tokens the queries from `start` on -> f64[T,H,R]."""
     q_latent, q_pe, c_kv, k_pe = tokens
     latents, keys = kept(kind, c_kv, k_pe)
-    if kind == "int8":
-        q_latent = rounded(q_latent, MAX_QUERY)
+    if kind in ("int8", "int4"):
+        q_latent = rounded(q_latent, MAX_QUERY, 128 if kind == "int8" else 32)
     out = np.empty((len(c_kv) - start, *q_latent.shape[1:]))
     for t in range(start, len(c_kv)):
         for h in range(q_latent.shape[1]):
@@ -327,6 +346,69 @@ def test_int8_layout(rank, rope):
     np.testing.assert_array_equal((bits.astype(np.uint32) << 16).view(np.float32)[:n, :rope], bf16(tokens[3]))
 
 
+def hadamard(n):
+    """Sylvester's matrix in blocks of the largest power of 2 in n, by its definition: signs of common bits."""
+    block, i = n & -n, np.arange(n)
+    bits = np.array([[bin(a & b).count("1") for b in range(block)] for a in range(block)])
+    signs = (1 - 2 * (bits % 2)) / np.sqrt(block)
+    return np.where(i[:, None] // block == i // block, np.tile(signs, (n // block, n // block)), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "n_heads", "sizes"), [(64, 3, [40, 1]), (96, 2, [1, 1, 20]), (20, 5, [17, 1]), (7, 1, [4])]
+)
+def test_rotated_latents(rank, n_heads, sizes):
+    """Without loss nothing changes; in 4 bits the latents without gains, rotated, are what is rounded."""
+    rng = np.random.default_rng(14)
+    tokens = random_tokens(rng, sum(sizes), n_heads, rank, 4)
+    gains = np.exp(rng.standard_normal((1, rank))).astype(np.float32)
+    exact = LatentCache(config(rank, 4), sum(sizes), "f32", gains)
+    found = attend(exact, tokens, sizes, 0.1)
+    expected = slow_attention("f32", tokens, 0, 0.1)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    h, (q_latent, q_pe, c_kv, k_pe) = hadamard(rank), tokens
+    inner = (q_latent * gains[0]) @ h, q_pe, (c_kv / gains[0]) @ h, k_pe
+    expected = slow_attention("int4", [array.astype(np.float32) for array in inner], 0, 0.1) @ h * gains[0]
+    found = attend(LatentCache(config(rank, 4), sum(sizes), "int4", gains), tokens, sizes, 0.1)
+    # what lies between two codes may be rounded either way
+    assert np.median(np.abs(found - expected)) < 1e-3 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_gains_of_zero_and_of_another_shape():
+    tokens = random_tokens(np.random.default_rng(15), 9, 2, 32, 4)
+    gains = np.ones((1, 32), np.float32)
+    gains[0, 5] = tokens[2][:, 5] = 0
+    found = attend(LatentCache(config(32, 4), 9, "f32", gains), tokens, [9], 0.1)
+    expected = slow_attention("f32", tokens, 0, 0.1)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    with pytest.raises(ShapeError, match="gains"):
+        LatentCache(config(32, 4), 9, "f32", gains[:, :31])
+
+
+def test_int4_layout():
+    """Blocks of 16 tokens: codes [rank / 8][16][4], rope keys, scales f32 [2][16], steps and middles [groups][16]."""
+    n, rank, rope = 20, 72, 6
+    tokens = random_tokens(np.random.default_rng(16), n, 1, rank, rope)
+    cache = LatentCache(config(rank, rope), n, "int4")
+    cache.attend(0, *tokens, 0.1, 1)
+    octets, pairs, groups = 9, 3, 3
+    assert cache.n_bytes == 2 * 64 * (octets + pairs + 2 + 2)
+    start = -cache._memory.ctypes.data % 64
+    blocks = cache._memory[start : start + cache.n_bytes].reshape(2, -1)
+    codes, _, units, steps, middles, _ = np.split(blocks, np.cumsum([64 * octets, 64 * pairs, 128, 48, 48]), axis=1)
+    codes = codes.reshape(2, octets, 16, 1, 4) >> np.array([0, 4], np.uint8)[:, None] & 15
+    codes = codes.transpose(0, 2, 1, 3, 4).reshape(32, rank)[:n].astype(np.float64) - 8
+    units = np.ascontiguousarray(units).view(np.float32).reshape(2, 2, 16).transpose(0, 2, 1).reshape(32, 2)[:n]
+    steps, middles = (
+        each.reshape(2, groups, 16).transpose(0, 2, 1).reshape(32, groups)[:n].astype(np.float64) * units[:, i, None]
+        for i, each in enumerate((steps, middles.view(np.int8)))
+    )
+    restored = np.repeat(middles, 32, 1)[:, :rank] + codes * np.repeat(steps, 32, 1)[:, :rank]
+    np.testing.assert_allclose(restored, in_four_bits(tokens[2]), atol=1e-5)
+    assert np.abs(restored - tokens[2]).max() < 0.8 * steps.max()
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f32"])
 def test_rows_layout(kind):
     """One row of a token, filled up with zeros to a multiple of 16 numbers."""
@@ -358,14 +440,14 @@ def test_what_is_not_a_number_stays_so(kind, wrong, rank, place):
 def test_bytes_of_a_token():
     lite = config(512, 64, n_layers=27)
     per_token = {kind: latent_cache_bytes(lite, 4096, kind) / (27 * 4096) for kind in KV_KINDS}
-    assert per_token == {"bf16": 1152, "int8": 512 + 128 + 16, "f32": 2304}
+    assert per_token == {"bf16": 1152, "int8": 512 + 128 + 16, "int4": 256 + 128 + 40, "f32": 2304}
     for kind in KV_KINDS:
         assert LatentCache(lite, 32, kind).n_bytes == latent_cache_bytes(lite, 32, kind)
 
 
 def test_wrong_uses_are_named():
     assert set(FORMATS) == set(KV_KINDS)
-    with pytest.raises(OptionError, match="--kv q4: expected one of bf16, int8, f32"):
+    with pytest.raises(OptionError, match="--kv q4: expected one of bf16, int8, int4, f32"):
         LatentCache(config(16, 4), 8, "q4")
     with pytest.raises(OptionError, match="--kv q4"):
         latent_cache_bytes(config(16, 4), 8, "q4")

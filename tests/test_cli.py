@@ -232,15 +232,16 @@ def test_run_with_the_chat_template(capsys):
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(plain)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int8", "f32"])
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4", "f32"])
 def test_every_command_takes_the_kind_of_cache(monkeypatch, capsys, text_file, kv):
     kinds = []
 
-    def new_cache(config, context_length, kind):
+    def new_cache(config, context_length, kind, gains):
         kinds.append(kind)
-        return LatentCache(config, context_length, kind)
+        assert (gains is not None) == (kind == "int4")  # in 4 bits it is rotated
+        return LatentCache(config, context_length, kind, gains)
 
-    monkeypatch.setattr("edge_moe.api.LatentCache", new_cache)
+    monkeypatch.setattr("edge_moe.models.deepseek2.LatentCache", new_cache)
     commands = ["run", MODEL, "hi", "-n", "2"], ["bench", MODEL, "-p4"], ["eval", MODEL, "-c16", "--text", text_file]
     for command in commands:
         assert main([*command, "--kv", kv, "--json"]) == 0
@@ -252,7 +253,7 @@ def test_every_command_takes_the_kind_of_cache(monkeypatch, capsys, text_file, k
 def test_a_wrong_kind_of_cache(capsys):
     assert main(["run", MODEL, "hello", "--kv", "q4"]) == 2
     assert "--kv" in capsys.readouterr().err
-    with pytest.raises(edge_moe.OptionError, match="--kv q4: expected one of bf16, int8, f32"):
+    with pytest.raises(edge_moe.OptionError, match="--kv q4: expected one of bf16, int8, int4, f32"):
         edge_moe.load(MODEL, kv="q4")
 
 
@@ -283,6 +284,7 @@ def test_info_json(capsys):
     # two layers, 256 positions, 32 + 8 values, filled up to 48 in bf16; as bytes, with a scale and 8 in bf16 in int8
     assert document["memory"][0]["cache_bytes"] == 2 * 256 * 48 * 2
     by_kind = {"bf16": 2 * 256 * 48 * 2, "int8": 2 * 256 * (32 + 2 * 8 + 4), "f32": 2 * 256 * 48 * 4}
+    by_kind["int4"] = 2 * 256 * (16 + 2 * 8 + 8 + 4)  # two scales, and a step and a middle up to 64 bytes a block
     assert document["memory"][0]["cache_bytes_by_kind"] == by_kind
     assert document["tokenizer"] == {
         "kind": "gpt2",

@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from edge_moe.errors import ShapeError
-from edge_moe.kernels import attention_codes, attention_rows
+from edge_moe.kernels import attention_codes, attention_nibbles, attention_rows
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM, context_bytes
 from edge_moe.kernels.attention_tiles import HEADS
 from edge_moe.kernels.blocks import TAGS, FormatTag
@@ -26,7 +26,12 @@ from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 
 # How latents are kept, by name.
-FORMATS: dict[str, FormatTag] = {"bf16": TAGS["BF16"], "int8": attention_codes.INT8, "f32": TAGS["F32"]}
+FORMATS: dict[str, FormatTag] = {
+    "bf16": TAGS["BF16"],
+    "int8": attention_codes.INT8,
+    "int4": attention_nibbles.INT4,
+    "f32": TAGS["F32"],
+}
 FEW_TOKENS = 8  # from here on there are tokens enough to occupy the threads without splitting the context
 
 # A plan is int64[N_FIELDS]; the same for all three kernels. Strides are bytes; the scale is given by its f64 bits.
@@ -36,7 +41,8 @@ Q_LATENT, Q_LATENT_STRIDE, Q_LATENT_HEAD, Q_PE, Q_PE_STRIDE, Q_PE_HEAD = range(1
 OUT, OUT_STRIDE, OUT_HEAD, QUERIES, QUERY_BYTES, PARTS, PART_BYTES = range(19, 26)
 N_FIELDS = 26
 
-SCRATCH_BYTES = 512 + CHUNK_TOKENS * 4 * (1 + HEADS + 2 * HEADS)  # of a thread: steps, scores, weights
+# Of a thread: steps, scores, weights, and what latents in 4 bits need more.
+SCRATCH_BYTES = 512 + CHUNK_TOKENS * 4 * (1 + HEADS + 2 * HEADS) + attention_nibbles.SCRATCH_BYTES
 
 
 class Step(NamedTuple):
@@ -157,6 +163,8 @@ def layer_bytes(fmt: FormatTag, context_length: int, rank: int, rope: int) -> in
     """Bytes of the latents and rope keys of one layer."""
     if fmt is attention_codes.INT8:
         return attention_codes.layer_bytes(context_length, rank, rope)
+    if fmt is attention_nibbles.INT4:
+        return attention_nibbles.layer_bytes(context_length, rank, rope)
     return attention_rows.layer_bytes(context_length, rank, rope, fmt.block_bytes)
 
 

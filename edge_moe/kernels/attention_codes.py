@@ -75,14 +75,14 @@ def _groups(rank):
 
 
 @inline_kernel
-def _rope_pairs(rope):
+def rope_pairs(rope):
     return (rope + 1) // 2
 
 
 @inline_kernel
 def _scales(rank, rope):
     """Where in a block the scales are."""
-    return 64 * (_quads(rank) + _rope_pairs(rope))
+    return 64 * (_quads(rank) + rope_pairs(rope))
 
 
 @inline_kernel
@@ -101,7 +101,7 @@ def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
 
 
 @inline_kernel
-def _largest(values, n):
+def largest_of(values, n):
     """The largest magnitude of n floats at an address; not a number if one is infinite or none, so that it shows."""
     zero = types.float32(0.0)
     tops = wrong = splat(f32x16, zero)
@@ -117,19 +117,29 @@ def _largest(values, n):
 
 
 @inline_kernel
-def _inverse(step):
+def inverse_of(step):
     return types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
 
 
 @inline_kernel
-def _codes(values, inverse):
+def codes_of(values, inverse):
     """16 floats at an address as whole numbers."""
     return convert(i32x16, rounded(load(f32x16, values) * inverse))
 
 
 @inline_kernel
-def _code(value, inverse):
+def code_of(value, inverse):
     return types.int32(np.rint(value * inverse))
+
+
+@inline_kernel
+def store_rope_key(keys, k_pe, rope):
+    """A token's rope key as pairs of bf16, 64 bytes from one pair to the next."""
+    for i in range(0, rope - 15, 16):
+        scatter(keys + 32 * i, 64, to_bfloat(load(f32x16, k_pe + 4 * i)))
+    for i in range(rope & ~15, 2 * rope_pairs(rope)):
+        value = load(types.float32, k_pe + 4 * i) if i < rope else types.float32(0.0)
+        store(keys + 64 * (i // 2) + 2 * (i % 2), to_bf16(value))
 
 
 @overload_method(CodeFormat, "store_latent")
@@ -138,21 +148,16 @@ def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
         block = cache + position // BLOCK_TOKENS * _block_bytes(rank, rope) + 4 * (position % BLOCK_TOKENS)
         for g in range(_groups(rank)):
             first, end = g * GROUP, min(rank, (g + 1) * GROUP)
-            scale = _largest(c_kv + 4 * first, end - first) * types.float32(1 / MAX_CODE)
-            inverse = _inverse(scale)
+            scale = largest_of(c_kv + 4 * first, end - first) * types.float32(1 / MAX_CODE)
+            inverse = inverse_of(scale)
             store(block + _scales(rank, rope) + 64 * g, scale)
             for i in range(first, end - 15, 16):
-                codes = _codes(c_kv + 4 * i, inverse) + types.int32(SIGN_BIAS)
+                codes = codes_of(c_kv + 4 * i, inverse) + types.int32(SIGN_BIAS)
                 scatter(block + 16 * i, 64, convert(i8x16, codes))
             for i in range(end & ~15, (end + 3) & ~3):
-                code = _code(load(types.float32, c_kv + 4 * i), inverse) if i < end else types.int32(0)
+                code = code_of(load(types.float32, c_kv + 4 * i), inverse) if i < end else types.int32(0)
                 store(block + 64 * (i // 4) + i % 4, types.uint8(code + SIGN_BIAS))
-        keys = block + 64 * _quads(rank)
-        for i in range(0, rope - 15, 16):
-            scatter(keys + 32 * i, 64, to_bfloat(load(f32x16, k_pe + 4 * i)))
-        for i in range(rope & ~15, 2 * _rope_pairs(rope)):
-            value = load(types.float32, k_pe + 4 * i) if i < rope else types.float32(0.0)
-            store(keys + 64 * (i // 2) + 2 * (i % 2), to_bf16(value))
+        store_rope_key(block + 64 * _quads(rank), k_pe, rope)
 
     return store_latent
 
@@ -176,41 +181,64 @@ def _store_code(tile, h, i, code):
         store(tile + 4 * (HEADS * (2 * (i // 4) + i % 2) + h) + 2 * (i % 4 // 2), types.int16(code))
 
 
+@inline_kernel
+def store_query_codes(tile, h, q, first, end, inverse):
+    """Dims first to end of a head's query as codes, `first` a multiple of 16. Returns the sum of the codes."""
+    totals = splat(i32x16, types.int32(0))
+    for i in range(first, end - 15, 16):
+        codes = codes_of(q + 4 * i, inverse)
+        totals = totals + codes
+        scatter(tile + HEADS * QUERY_BYTES * (i // 4) + 4 * h, 4 * HEADS, query_codes(codes))
+    total = reduce_add(totals)
+    for i in range(end & ~15, end):
+        code = code_of(load(types.float32, q + 4 * i), inverse)
+        total += code
+        _store_code(tile, h, i, code)
+    return total
+
+
+@inline_kernel
+def store_rope_query(place, q_pe, rope, scale):
+    """A head's rope query times the softmax's scale, interleaved with those of the other heads."""
+    for i in range(0, rope - 15, 16):
+        scatter(place + 4 * HEADS * i, 4 * HEADS, load(f32x16, q_pe + 4 * i) * scale)
+    for i in range(rope & ~15, rope):
+        store(place + 4 * HEADS * i, load(types.float32, q_pe + 4 * i) * scale)
+
+
 @overload_method(CodeFormat, "query_tile")
 def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         sums, scales, keys = _query_places(rank)
         if n_heads < HEADS or rank % 4 or rope % 2:  # what is not written below
-            for i in range(0, HEADS * (keys + 8 * _rope_pairs(rope)), 4):
+            for i in range(0, HEADS * (keys + 8 * rope_pairs(rope)), 4):
                 store(tile + i, types.int32(0))
         for h in range(n_heads):
             q = q_latent + h * latent_stride
             for g in range(_groups(rank)):
                 first, end = g * GROUP, min(rank, (g + 1) * GROUP)
-                step = _largest(q + 4 * first, end - first) * types.float32(1 / MAX_QUERY)
-                inverse = _inverse(step)
-                totals = splat(i32x16, types.int32(0))
-                for i in range(first, end - 15, 16):
-                    codes = _codes(q + 4 * i, inverse)
-                    totals = totals + codes
-                    scatter(tile + HEADS * QUERY_BYTES * (i // 4) + 4 * h, 4 * HEADS, query_codes(codes))
-                total = reduce_add(totals)
-                for i in range(end & ~15, end):
-                    code = _code(load(types.float32, q + 4 * i), inverse)
-                    total += code
-                    _store_code(tile, h, i, code)
+                step = largest_of(q + 4 * first, end - first) * types.float32(1 / MAX_QUERY)
+                inverse = inverse_of(step)
+                total = store_query_codes(tile, h, q, first, end, inverse)
                 store(tile + HEADS * (sums + 4 * g) + 4 * h, types.int32(-SIGN_BIAS * total))
                 store(tile + HEADS * (scales + 4 * g) + 4 * h, step * scale)
-            q = q_pe + h * pe_stride
-            for i in range(0, rope - 15, 16):
-                scatter(tile + HEADS * (keys + 4 * i) + 4 * h, 4 * HEADS, load(f32x16, q + 4 * i) * scale)
-            for i in range(rope & ~15, rope):
-                store(tile + HEADS * (keys + 4 * i) + 4 * h, load(types.float32, q + 4 * i) * scale)
+            store_rope_query(tile + HEADS * keys + 4 * h, q_pe + h * pe_stride, rope, scale)
 
     return query_tile
 
 
 # ---- one chunk
+
+
+@inline_kernel
+def add_rope_scores(total, keys, query, rope_queries, rope):
+    """total f32 tile + products of 16 tokens' rope keys at an address with the heads' rope queries."""
+    for i in range(rope_pairs(rope)):
+        pair = load(u32x16, keys + 64 * i)
+        even, odd = view(f32x16, pair << types.uint32(16)), view(f32x16, pair & types.uint32(0xFFFF0000))
+        total = tile_add_product(total, even, query, rope_queries + 8 * i)
+        total = tile_add_product(total, odd, query, rope_queries + 8 * i + 4)
+    return total
 
 
 @inline_kernel
@@ -227,17 +255,22 @@ def _scores(block, n_blocks, query, rank, rope, out):
                 offset += QUERY_BYTES
             scale = load(f32x16, block + _scales(rank, rope) + 64 * g)
             total = tile_add_scaled(total, sums, scale, query, query_scales + 4 * g)
-        for i in range(_rope_pairs(rope)):
-            pair = load(u32x16, codes + 64 * i)
-            even, odd = view(f32x16, pair << types.uint32(16)), view(f32x16, pair & types.uint32(0xFFFF0000))
-            total = tile_add_product(total, even, query, rope_queries + 8 * i)
-            total = tile_add_product(total, odd, query, rope_queries + 8 * i + 4)
+        total = add_rope_scores(total, codes, query, rope_queries, rope)
         tile_store(out + 64 * HEADS * b, total)
         block += _block_bytes(rank, rope)
 
 
 @inline_kernel
-def _softmax(scores, n_blocks, partial, factors, largest, sums):
+def hide_behind(scores, n, n_blocks):
+    """Tokens from n on get no attention."""
+    for h in range(HEADS):
+        for j in range(n, BLOCK_TOKENS * n_blocks):
+            place = scores + 64 * (HEADS * (n_blocks - 1) + h) + 4 * (j % BLOCK_TOKENS)
+            store(place, types.float32(-np.inf))
+
+
+@inline_kernel
+def softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums):
     """scores -> 2**(score - largest), in place."""
     store(largest, splat(f32x16, types.float32(0.0)))
     store(sums, splat(f32x16, types.float32(0.0)))
@@ -258,19 +291,17 @@ def _softmax(scores, n_blocks, partial, factors, largest, sums):
 
 
 @inline_kernel
-def _clear_behind(vector, n):
+def clear_behind(vector, n):
     """Set the lanes from n on of 16 floats in memory to zero."""
     for j in range(n, BLOCK_TOKENS):
         store(vector + 4 * j, types.float32(0.0))
 
 
 @inline_kernel
-def _weigh(scores, scales, block_bytes, n, n_blocks, weights, steps):
-    """Probabilities times a group's scales, as whole numbers. Returns what one of them is worth."""
+def weigh_blocks(scores, n_blocks, weights, steps):
+    """Probabilities times a group's scales, f32 [blocks][16], as whole numbers. Returns what one of them is worth."""
     tops = splat(f32x16, types.float32(0.0))
     for b in range(n_blocks):
-        store(steps + 64 * b, load(f32x16, scales + b * block_bytes))
-        _clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
         tops = larger(load(f32x16, steps + 64 * b), tops)
     top = reduce_max(tops)
     factor = types.float32(MAX_PROBABILITY) / top if top > types.float32(0.0) else types.float32(0.0)
@@ -284,7 +315,7 @@ def _weigh(scores, scales, block_bytes, n, n_blocks, weights, steps):
 
 
 @inline_kernel
-def _values(codes, block_bytes, n_blocks, weights):
+def values_of_blocks(codes, block_bytes, n_blocks, weights):
     """Sums of 4 dims' codes times the weights: i32 tile of [4 tokens][4 dims]."""
     total = tile_zero(i32x16)
     for b in range(n_blocks):
@@ -307,18 +338,18 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
         scores = steps + 64 * n_chunk_blocks
         weights = scores + 64 * HEADS * n_chunk_blocks
         _scores(block, n_blocks, query, rank, rope, scores)
-        for h in range(HEADS):
-            for j in range(n, BLOCK_TOKENS * n_blocks):
-                place = scores + 64 * (HEADS * (n_blocks - 1) + h) + 4 * (j % BLOCK_TOKENS)
-                store(place, types.float32(-np.inf))
-        _softmax(scores, n_blocks, partial, factors, largest, sums)
+        hide_behind(scores, n, n_blocks)
+        softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
         new = load(f32x16, factors + 64)
         for g in range(_groups(rank)):
             scales = block + _scales(rank, rope) + 64 * g
-            worth = _weigh(scores, scales, block_bytes, n, n_blocks, weights, steps)
+            for b in range(n_blocks):
+                store(steps + 64 * b, load(f32x16, scales + b * block_bytes))
+                clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
+            worth = weigh_blocks(scores, n_blocks, weights, steps)
             store(factors + 64, new * worth)
             for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank))):
-                total = _values(block + 64 * k, block_bytes, n_blocks, weights)
+                total = values_of_blocks(block + 64 * k, block_bytes, n_blocks, weights)
                 tile_accumulate(partial + CONTEXT + 16 * k, context_bytes(rank), total, factors)
 
     return attend_chunk

@@ -162,6 +162,13 @@ class DeepseekV2:
         self.backend = backend
         self._inv_freq = rope_frequencies(config)
 
+    def new_cache(self, context_length: int, kind: str) -> LatentCache:
+        """An empty cache. In 4 bits latents are kept rotated, unless the file's own are so already."""
+        gains = None
+        if kind == "int4" and not self.config.latent_is_rotated:
+            gains = np.stack([layer.self_attn.kv_a_layernorm for layer in self.weights.layers])
+        return LatentCache(self.config, context_length, kind, gains)
+
     def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
         """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last.
 
