@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edge_moe_quant import calibrate as module
+from edge_moe_quant import moments
 from edge_moe_quant.calibrate import calibrate, text_windows
+from edge_moe_quant.encode import encode_rows
 from edge_moe_quant.moments import RoutedMoments
 from edge_moe_quant.quantize import calibration_key, quantize
 from edge_moe_quant.store import EncodedStore
@@ -168,6 +170,35 @@ def test_large_matrices_are_encoded_in_parts(tmp_path, monkeypatch):
     assert stored(whole).keys() == stored(parts).keys()
     for name, data in stored(whole).items():  # sums of products may be ordered otherwise for fewer rows
         assert np.mean(np.frombuffer(data, np.uint8) == np.frombuffer(stored(parts)[name], np.uint8)) > 0.98
+
+
+def test_experts_a_few_at_a_time(tmp_path, monkeypatch):
+    windows = some_windows(open_gguf(GOLDEN))
+    _, whole = run(tmp_path / "whole", windows)
+    monkeypatch.setattr(moments, "_EXPERTS_BYTES", 1)
+    _, one_by_one = run(tmp_path / "one", windows)
+    assert stored(whole) == stored(one_by_one)
+
+
+def test_wide_matrices_keep_only_the_columns_own_moments(tmp_path, monkeypatch):
+    """No pairs of columns are held then; the search takes the sums of squares for importance."""
+    windows = some_windows(open_gguf(GOLDEN))
+    for each in (module, moments):
+        monkeypatch.setattr(each, "MOST_COLUMNS", 31)
+    seen = []
+    monkeypatch.setattr(module, "Factor", lambda own: seen.append(own))
+    monkeypatch.setattr(module, "encode_rows", lambda values, fmt, importance=None: record(values, fmt, importance))
+    importances = []
+
+    def record(values, fmt, importance):
+        importances.append(importance)
+        return encode_rows(values, fmt, importance)
+
+    run(tmp_path / "store", windows)
+    assert not seen
+    given = [each for each in importances if each is not None]
+    assert len(given) > 10
+    assert all(each.ndim == 1 and each.min() > 0 for each in given)
 
 
 def test_text_windows():

@@ -16,6 +16,8 @@ from edge_moe.kernels import elementwise, products, routing
 from edge_moe.latent_cache import LatentCache
 from edge_moe.weights import Weight
 
+Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
+
 
 class CpuBackend:
     """Operations with `threads` threads; results do not depend on their number."""
@@ -133,10 +135,12 @@ class CpuBackend:
         gate and up [E,F,D], down [E,D,F]; only the chosen experts' bytes are read.
         """
         grouping = routing.group_by_expert(ids, down.shape[0])
+        return elementwise.weighted_sum(self.by_expert(x, grouping, gate, up, down), grouping[3], weights)
+
+    def by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
+        """What each chosen expert gives for each of its tokens, one expert behind the other: f32[T*K,D]."""
         gated = self.gated_by_expert(x, grouping, gate, up)
-        _, _, rows, positions = grouping
-        out = _grouped_product(gated, np.arange(len(rows)), grouping, down)[0]
-        return elementwise.weighted_sum(out, positions, weights)
+        return _grouped_product(gated, np.arange(len(grouping[2])), grouping, down)[0]
 
     def gated_by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight) -> np.ndarray:
         """silu(gate x) * (up x) of each chosen expert and token, one expert behind the other: f32[T*K,F]."""
@@ -146,9 +150,6 @@ class CpuBackend:
         else:
             gate_out, up_out = _grouped_product(x, rows, grouping, gate)[0], _grouped_product(x, rows, grouping, up)[0]
         return elementwise.silu_multiply(gate_out, up_out)
-
-
-Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
 
 
 def _grouped_product(inputs: np.ndarray, input_rows: np.ndarray, grouping: Grouping, *stacks: Weight) -> np.ndarray:

@@ -32,15 +32,16 @@ from edge_moe.tokenizer import Tokenizer
 from edge_moe.weights import Weight
 from edge_moe_quant.compensate import Aim, Factor, encode_compensated
 from edge_moe_quant.encode import encode_rows
-from edge_moe_quant.moments import Inputs, Moments, MomentsOf, Pair, RoutedMoments
+from edge_moe_quant.moments import MOST_COLUMNS, Inputs, Moments, MomentsOf, Pair, RoutedMoments, SparingBackend
 from edge_moe_quant.pages import forget_pages
 from edge_moe_quant.store import EncodedStore
 
 LEAST_HITS = 256  # tokens of an expert below which its weights are searched only: its moments say too little
 
 
-_VALUES_AT_ONCE = 1 << 23  # of a matrix, so that the largest ones take little memory
-_STREAM_BYTES = 1 << 30  # of all windows on their way through the layers, when no number is asked for
+_VALUES_AT_ONCE = 1 << 21  # of a matrix, so that the largest ones take little memory
+_STREAM_BYTES = 1 << 29  # of all windows on their way through the layers, when no number is asked for
+_FACTORS_BYTES = 5 << 27  # of all matrices that are encoded at a time, for what is made of their moments
 
 
 @dataclass
@@ -79,7 +80,7 @@ def text_windows(tokenizer: Tokenizer, text: str, length: int, limit: int | None
 
 
 def most_windows(hidden_size: int, length: int) -> int:
-    """Windows that can be on their way in a gigabyte of memory."""
+    """Windows that can be on their way in half a gigabyte of memory."""
     return max(1, _STREAM_BYTES // (length * hidden_size * 16))
 
 
@@ -142,7 +143,7 @@ class _Job:
         self.checkpoint, self.formats, self.store, self.n_threads = checkpoint, formats, store, n_threads
         self.weights = load_weights(checkpoint)
         self.layers = self.weights.layers
-        self.ops = CpuBackend(n_threads)
+        self.ops = SparingBackend(n_threads)
         self.model = DeepseekV2(checkpoint.config, self.weights, self.ops)
         self.n_tokens_of_window = windows.shape[1]
         self.coverage = Coverage(windows.size)
@@ -261,7 +262,8 @@ class _Job:
         wanted = [weight for weight in weights if not self._is_left_out(weight)]
         missing = [weight for weight in wanted if self._name(weight) not in self.store]
         encoded = [
-            np.empty((_n_matrices(w), w.shape[-2], self._format(w).row_bytes(w.shape[-1])), np.uint8) for w in missing
+            self.store.begin(self._name(w), (_n_matrices(w), w.shape[-2], self._format(w).row_bytes(w.shape[-1])))
+            for w in missing
         ]
 
         def encode(k: int) -> None:
@@ -274,13 +276,17 @@ class _Job:
                 for row in range(0, n_rows, step):
                     values = weight.format.decode(data[row : row + step])
                     whole[k, row : row + step] = encode_values(values, self._format(weight))
+                forget_pages(data)
+                forget_pages(whole[k])
 
         if missing:
-            with ThreadPoolExecutor(self.n_threads) as pool:
+            # at most as many matrices at once as have room for what is made of their moments
+            most = max(1, _FACTORS_BYTES // (64 * min(missing[0].shape[-1], MOST_COLUMNS) ** 2))
+            with ThreadPoolExecutor(min(self.n_threads, most)) as pool:
                 for _ in pool.map(encode, range(_n_matrices(missing[0]))):
                     pass
-        for weight, whole in zip(missing, encoded, strict=True):
-            self.store.put(self._name(weight), whole.reshape(-1))
+        for weight in missing:
+            self.store.finish(self._name(weight))
         return [
             Weight(weight.name, self._format(weight), weight.shape, self.store.get(self._name(weight)))
             if weight in wanted
@@ -301,11 +307,13 @@ def _n_matrices(weight: Weight) -> int:
 
 def _encoder(moments: Pair | None, is_known: bool) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
     """What encodes rows of matrices with these moments: f32[R,C] in a format -> u8[R,row_bytes]."""
-    if moments is None or not np.trace(moments[0]) > 0:
+    if moments is None:
         return encode_rows
     own, cross = moments
-    if not is_known:
-        diagonal = np.diagonal(own)
+    diagonal = own if own.ndim == 1 else np.diagonal(own)
+    if not diagonal.sum() > 0:
+        return encode_rows
+    if own.ndim == 1 or not is_known:
         return partial(encode_rows, importance=np.maximum(diagonal / diagonal.mean(), 1e-3).astype(np.float32))
     factor, aim = Factor(own), Aim(own, cross)
     return lambda values, fmt: encode_compensated(aim.at(values), fmt, factor)

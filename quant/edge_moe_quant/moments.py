@@ -4,17 +4,38 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.cpu import CpuBackend, Grouping
 from edge_moe.models.deepseek2 import MLP
 from edge_moe.weights import Weight
 from edge_moe_quant.importance import TRUSTED_HITS
+from edge_moe_quant.pages import forget_pages
 
-MOST_COLUMNS = 8192  # of a matrix whose moments are kept: they take 16 bytes for each pair of columns
+# Columns of a matrix whose moments are kept for each pair; with what is made of them, 64 bytes a pair. Of wider
+# ones only each column's own are kept, twice, as f64[C]; nothing can be made good among them.
+MOST_COLUMNS = 4096
+_EXPERTS_BYTES = 1 << 27  # run at a time
 Pair = tuple[np.ndarray, np.ndarray]  # sums over tokens of x x^T and y x^T, f64[C,C]: x quantized, y original
 MomentsOf = Callable[[Weight, int], Pair | None]  # of one matrix of a weight
 
 
-class Inputs(CpuBackend):
+class SparingBackend(CpuBackend):
+    """Runs experts a few at a time, and lets go of their pages: a layer's can be more than the memory there is."""
+
+    def by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
+        active, offsets, rows, positions = grouping
+        stacks = (gate, up, down)
+        at_once = max(1, _EXPERTS_BYTES // sum(stack.matrix_bytes for stack in stacks))
+        parts = [np.empty((0, down.shape[1]), np.float32)]
+        for first in range(0, len(active), at_once):
+            ends = offsets[first : first + at_once + 1]
+            part = active[first : first + at_once], ends - ends[0], rows[ends[0] : ends[-1]], positions
+            parts.append(super().by_expert(x, part, gate, up, down))
+            for stack in stacks:
+                forget_pages(stack.data)
+        return np.concatenate(parts)
+
+
+class Inputs(SparingBackend):
     """Runs operations and keeps what goes into each matrix."""
 
     def __init__(self, threads: int) -> None:
@@ -48,15 +69,10 @@ class Moments:
         done: dict[int, Pair] = {}  # matrices that share their input share its moments
         for key, x in quantized.of.items():
             y = original.of.get(key)
-            if y is None or x.shape[-1] > MOST_COLUMNS:
+            if y is None:
                 continue
             if id(x) not in done:
-                rows = x.swapaxes(-1, -2)
-                shape = (-1, x.shape[-1], x.shape[-1])
-                own, cross = (
-                    np.asarray(each, np.float64).reshape(shape) for each in (rows @ x, y.swapaxes(-1, -2) @ x)
-                )
-                done[id(x)] = own, cross
+                done[id(x)] = _products(x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *x.shape[-2:]))
             own, cross = done[id(x)]
             old = self._sums.get(key)
             self._sums[key] = (own, cross) if old is None else (old[0] + own, old[1] + cross)
@@ -69,8 +85,12 @@ class Moments:
         )
 
 
-def _f64(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return values.astype(np.float64).reshape(shape)
+def _products(x: np.ndarray, y: np.ndarray) -> Pair:
+    """x, y f32[...,T,C] -> x^T x and y^T x f64[...,C,C], or of wide ones the sums of squares f64[...,C], twice."""
+    if x.shape[-1] > MOST_COLUMNS:
+        squares = np.square(x, dtype=np.float64).sum(axis=-2)
+        return squares, squares
+    return (x.swapaxes(-1, -2) @ x).astype(np.float64), (y.swapaxes(-1, -2) @ x).astype(np.float64)
 
 
 class RoutedMoments:
@@ -91,7 +111,8 @@ class RoutedMoments:
             (np.bincount(ids.ravel(), minlength=n_experts) for _, ids, _, _ in calls), np.zeros(n_experts, int)
         )
         width = (experts.down_proj if is_down else experts.gate_proj).shape[-1]
-        total_own, total_cross, total_weight = np.zeros((width, width)), np.zeros((width, width)), 0.0
+        shape = (width,) if width > MOST_COLUMNS else (width, width)
+        total_own, total_cross, total_weight = np.zeros(shape), np.zeros(shape), 0.0
         for expert in range(n_experts):
             own, cross, weight = self._sums(expert)
             total_own, total_cross, total_weight = total_own + own, total_cross + cross, total_weight + weight
@@ -119,7 +140,7 @@ class RoutedMoments:
             x, y = _gated(self.experts, expert, x), _gated(self.original, expert, y)
         x, y = x * gates[:, None], y * gates[:, None]
         weight = float(np.square(gates, dtype=np.float64).sum())
-        return (x.T @ x).astype(np.float64), (y.T @ x).astype(np.float64), weight
+        return *_products(x, y), weight
 
 
 def _gated(experts: MLP, expert: int, x: np.ndarray) -> np.ndarray:

@@ -33,18 +33,39 @@ class EncodedStore:
 
     def put(self, name: str, data: np.ndarray) -> None:
         """Keep a tensor's bytes u8[n]. Raises OptionError when they cannot be written."""
-        path = self._path(name)
-        part = path.with_suffix(".part")
         try:
-            with part.open("wb") as file:
-                file.write(np.ascontiguousarray(data).data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            self._part(name).write_bytes(np.ascontiguousarray(data).data)
         except OSError as error:
-            raise OptionError(
-                f"{path}: cannot write: {error}; free some space and run the same command again"
-            ) from None
+            raise self._failed(name, error) from None
+        self.finish(name)
+
+    def begin(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A mapped file u8[shape] to be filled with a tensor's bytes. Raises OptionError when there is no space."""
+        n_bytes = int(np.prod(shape, dtype=np.int64))
+        try:
+            with self._part(name).open("wb") as file:
+                if hasattr(os, "posix_fallocate"):  # or else a full disk shows as a signal, when pages are written
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                else:
+                    file.truncate(n_bytes)
+            return np.memmap(self._part(name), np.uint8, "r+", shape=shape).view(np.ndarray)
+        except OSError as error:
+            raise self._failed(name, error) from None
+
+    def finish(self, name: str) -> None:
+        """The tensor's bytes are whole: from now on it is in the store. Raises OptionError."""
+        try:
+            with self._part(name).open("rb+") as file:
+                os.fsync(file.fileno())
+            self._part(name).replace(self._path(name))
+        except OSError as error:
+            raise self._failed(name, error) from None
+
+    def _failed(self, name: str, error: OSError) -> OptionError:
+        return OptionError(f"{self._path(name)}: cannot write: {error}; free some space and run the same command again")
+
+    def _part(self, name: str) -> Path:
+        return self._path(name).with_suffix(".part")
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
