@@ -182,6 +182,31 @@ class LatentCache:
             launch(code, step.plan.ctypes.data, step.n_units, step.operations, n_threads)
         return out
 
+    def store(self, layer: int, c_kv: np.ndarray, k_pe: np.ndarray, n_threads: int) -> None:
+        """Store T new tokens behind those seen, and attend to nothing. c_kv f32[T,R], k_pe f32[T,P].
+
+        Raises ShapeError for arrays that do not fit into the cache.
+        """
+        q_latent, q_pe = (np.empty((len(c_kv), 0, width), np.float32) for width in self._shape)
+        self.attend(layer, q_latent, q_pe, c_kv, k_pe, 1.0, n_threads)
+
+    def latents(self, layer: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a layer keeps of the tokens from `first`, a multiple of 16, to `last`: f32[n,R] latents, f32[n,P] keys.
+
+        They may be stored and not counted yet. Raises ShapeError for tokens that are not in the cache's memory.
+        """
+        if first % 16 or not 0 <= first < last <= self.context_length:
+            raise ShapeError(f"tokens {first} to {last} of a cache of {self.context_length}")
+        start = (-self._memory.ctypes.data & 63) + layer * self._layer_bytes
+        memory = self._memory[start : start + self._layer_bytes]
+        latents, keys = attention.cached(self._format, memory, first, last, *self._shape)
+        if self._rotation is not None:
+            gains, _, ones = self._rotation
+            latents = np.ascontiguousarray(latents)
+            step = _rotation_step(latents[:, None], latents[:, None], ones, gains[layer])
+            launch(compiled_address(step.function, step.fmt), step.plan.ctypes.data, step.n_units, step.operations, 1)
+        return latents, keys
+
     def advance(self, n_tokens: int) -> None:
         """Count `n_tokens` that every layer has stored."""
         self._length[0] += n_tokens

@@ -13,10 +13,15 @@ import numpy as np
 
 from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.kernels import elementwise, products, routing
+from edge_moe.kernels.attention_expanded import ExpandedAttention
 from edge_moe.latent_cache import LatentCache
 from edge_moe.weights import Weight
 
 Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
+
+
+EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 1024  # from so many on making keys and values costs less than it saves
+_EXPANDED_TOKENS = 512  # of the context at a time
 
 
 class CpuBackend:
@@ -104,6 +109,39 @@ class CpuBackend:
         """
         return cache.attend(layer, q_latent, q_pe, c_kv, k_pe, scale, self.threads)
 
+    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+        """Whether attention of so many new tokens is cheaper in expanded form: floats have no whole-number products."""
+        is_long = n_tokens >= EXPANDED_QUERIES and cache.length + n_tokens >= EXPANDED_CONTEXT
+        return is_long and cache.kind in ("bf16", "f32")
+
+    def expanded_attention(
+        self,
+        q_nope: np.ndarray,
+        q_pe: np.ndarray,
+        c_kv: np.ndarray,
+        k_pe: np.ndarray,
+        k_b_proj: Weight,
+        k_b_is_transposed: bool,
+        v_b_proj: Weight,
+        cache: LatentCache,
+        layer: int,
+        scale: float,
+    ) -> np.ndarray:
+        """Append the new latents to the cache, then attend to the keys and values that all of its latents make.
+
+        q_nope f32[T,H,N], q_pe f32[T,H,P], c_kv f32[T,R], k_pe f32[T,P] -> f32[T,H,V], values weighted by softmax.
+        k_b_proj [H,R,N], or [H,N,R] where it is transposed; v_b_proj [H,V,R].
+        """
+        start, end = cache.length, cache.length + len(q_nope)
+        cache.store(layer, c_kv, k_pe, self.threads)
+        key_matrix, value_matrix = _decoded(k_b_proj), _decoded(v_b_proj)
+        if not k_b_is_transposed:
+            key_matrix = key_matrix.swapaxes(1, 2)
+        attention = ExpandedAttention(q_nope, q_pe, key_matrix, value_matrix, start, scale)
+        for first in range(0, end, _EXPANDED_TOKENS):
+            attention.add(first, *cache.latents(layer, first, min(first + _EXPANDED_TOKENS, end)))
+        return attention.result()
+
     def route(
         self,
         logits: np.ndarray,
@@ -150,6 +188,12 @@ class CpuBackend:
         else:
             gate_out, up_out = _grouped_product(x, rows, grouping, gate)[0], _grouped_product(x, rows, grouping, up)[0]
         return elementwise.silu_multiply(gate_out, up_out)
+
+
+def _decoded(stack: Weight) -> np.ndarray:
+    """A stack of matrices as floats f32[n,rows,cols]."""
+    rows, n_cols = np.arange(stack.shape[1]), stack.shape[2]
+    return np.stack([products.decode_rows(stack.format, int(at), rows, n_cols) for at in stack.addresses])
 
 
 def _grouped_product(inputs: np.ndarray, input_rows: np.ndarray, grouping: Grouping, *stacks: Weight) -> np.ndarray:

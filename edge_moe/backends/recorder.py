@@ -169,6 +169,14 @@ class Recorder:
             self._step(step.function, step.plan, step.fmt, operations)
         return out
 
+    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+        """One token never attends in expanded form."""
+        return False
+
+    def expanded_attention(self, *arguments: object) -> np.ndarray:
+        """Never asked for."""
+        raise NotImplementedError
+
     def route(
         self,
         logits: np.ndarray,

@@ -168,6 +168,23 @@ def layer_bytes(fmt: FormatTag, context_length: int, rank: int, rope: int) -> in
     return attention_rows.layer_bytes(context_length, rank, rope, fmt.block_bytes)
 
 
+def cached(
+    fmt: FormatTag, layer: np.ndarray, first: int, last: int, rank: int, rope: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens first to last of a layer u8[`layer_bytes`] as floats: latents f32[n,rank], rope keys f32[n,rope].
+
+    `first` is a multiple of 16.
+    """
+    if fmt is attention_codes.INT8 or fmt is attention_nibbles.INT4:
+        module = attention_codes if fmt is attention_codes.INT8 else attention_nibbles
+        begin, end = module.layer_bytes(first, rank, rope), module.layer_bytes(last, rank, rope)
+        latents, keys = module.decode_blocks(layer[begin:end].reshape(-1, module.block_bytes(rank, rope)), rank, rope)
+        return latents[: last - first], keys[: last - first]
+    row_bytes = attention_rows.layer_bytes(1, rank, rope, fmt.block_bytes)
+    rows = layer[first * row_bytes : last * row_bytes].reshape(-1, row_bytes)
+    return attention_rows.decode_rows(rows, rank, rope, fmt.block_bytes)
+
+
 def _query_bytes(rank: int, rope: int) -> int:
     """Bytes of a tile of queries: room for either form."""
     return HEADS * 4 * (attention_rows.row_columns(rank, rope) + 16)
@@ -210,7 +227,8 @@ def attention_steps(
     rope, n_tiles = q_pe.shape[-1], -(-n_heads // HEADS)
     fitting = ((n_tokens, n_heads, rank), (n_tokens, n_heads, rope), (n_tokens, rank), (n_tokens, rope))
     for array, shape in zip((q_latent, q_pe, c_kv, k_pe, out), (*fitting, fitting[0]), strict=True):
-        if array.shape != shape or array.dtype != np.float32 or (shape[-1] > 1 and array.strides[-1] != 4):
+        has_gaps = array.size > 0 and shape[-1] > 1 and array.strides[-1] != 4
+        if array.shape != shape or array.dtype != np.float32 or has_gaps:
             raise ShapeError(f"expected float32{list(shape)} with contiguous rows, found {array.dtype}{[*array.shape]}")
     if scratch.nbytes < scratch_bytes(n_tokens, n_heads, rank, rope, context_length):
         raise ShapeError(f"{scratch.nbytes} bytes of scratch are too few for {n_tokens} tokens")

@@ -100,6 +100,27 @@ def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
     return -(-n_tokens // BLOCK_TOKENS) * block_bytes(rank, rope)
 
 
+def decode_blocks(blocks: np.ndarray, rank: int, rope: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks u8[n,block_bytes] as floats: latents f32[16 n,rank], rope keys f32[16 n,rope]."""
+    quads, pairs = -(-rank // 4), -(-rope // 2)
+    codes, keys, scales = np.split(blocks, [64 * quads, 64 * (quads + pairs)], axis=1)
+    # a code with a bias wraps to its sign
+    codes = (codes - np.uint8(SIGN_BIAS)).view(np.int8).reshape(-1, quads, BLOCK_TOKENS, 4).transpose(0, 2, 1, 3)
+    steps = np.ascontiguousarray(scales).view(np.float32).reshape(len(blocks), -1, BLOCK_TOKENS).transpose(0, 2, 1)
+    latents = (
+        codes.reshape(-1, 4 * quads)[:, :rank]
+        * np.repeat(steps.reshape(len(codes) * BLOCK_TOKENS, -1), GROUP, 1)[:, :rank]
+    )
+    return latents, decode_rope_keys(keys, rope)
+
+
+def decode_rope_keys(keys: np.ndarray, rope: int) -> np.ndarray:
+    """Rope keys of blocks u8[n,64 pairs] -> f32[16 n,rope]."""
+    bits = np.ascontiguousarray(keys).view(np.uint16).reshape(len(keys), -1, BLOCK_TOKENS, 2).transpose(0, 2, 1, 3)
+    wide = bits.reshape(len(keys) * BLOCK_TOKENS, -1)[:, :rope].astype(np.uint32) << 16
+    return wide.view(np.float32)
+
+
 @inline_kernel
 def largest_of(values, n):
     """The largest magnitude of n floats at an address; not a number if one is infinite or none, so that it shows."""

@@ -15,6 +15,7 @@ from edge_moe.kernels.attention_codes import (
     BLOCK_TOKENS,
     add_rope_scores,
     clear_behind,
+    decode_rope_keys,
     hide_behind,
     inverse_of,
     largest_of,
@@ -86,6 +87,23 @@ def block_bytes(rank: int, rope: int) -> int:
 def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
     """Bytes of one layer's blocks."""
     return -(-n_tokens // BLOCK_TOKENS) * block_bytes(rank, rope)
+
+
+def decode_blocks(blocks: np.ndarray, rank: int, rope: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks u8[n,block_bytes] as floats: latents f32[16 n,rank], rope keys f32[16 n,rope]."""
+    octets, pairs, groups = -(-rank // 8), -(-rope // 2), -(-rank // GROUP)
+    ends = np.cumsum([64 * octets, 64 * pairs, 128, 16 * groups, 16 * groups])
+    codes, keys, scales, steps, middles, _ = np.split(blocks, ends, axis=1)
+    halves = codes.reshape(-1, octets, BLOCK_TOKENS, 1, 4) >> np.array([[0], [4]], np.uint8) & np.uint8(15)
+    signed = halves.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * octets)[:, :rank].astype(np.float32) - _ZERO_CODE
+    units = np.ascontiguousarray(scales).view(np.float32).reshape(-1, 2, 1, BLOCK_TOKENS)
+
+    def of_dims(codes: np.ndarray, unit: int) -> np.ndarray:
+        values = codes.reshape(-1, groups, BLOCK_TOKENS) * units[:, unit]
+        return np.repeat(values.transpose(0, 2, 1).reshape(-1, groups), GROUP, 1)[:, :rank]
+
+    latents = of_dims(middles.view(np.int8), 1) + of_dims(steps, 0) * signed
+    return latents, decode_rope_keys(keys, rope)
 
 
 @inline_kernel

@@ -35,6 +35,14 @@ def layer_bytes(n_tokens: int, rank: int, rope: int, number_bytes: int) -> int:
     return n_tokens * row_columns(rank, rope) * number_bytes
 
 
+def decode_rows(rows: np.ndarray, rank: int, rope: int, number_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows u8[n,...] of bf16 or f32 as floats: latents f32[n,rank], rope keys f32[n,rope]."""
+    if number_bytes == 2:
+        rows = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.uint8)
+    floats = rows.view(np.float32)
+    return floats[:, :rank], floats[:, rank : rank + rope]
+
+
 @inline_kernel
 def context_bytes(rank):
     """Bytes from one head's context in a partial result to the next."""

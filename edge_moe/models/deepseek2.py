@@ -207,7 +207,7 @@ class DeepseekV2:
         cache: LatentCache,
         layer: int,
     ) -> np.ndarray:
-        """Multi-head latent attention in absorbed form. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
+        """Multi-head latent attention. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
         c, n_tokens = self.config, len(x)
         if isinstance(w.q_proj, LowRankQuery):
             q_a, kv = ops.linear(x, w.q_proj.q_a_proj, w.kv_a_proj_with_mqa)
@@ -222,10 +222,14 @@ class DeepseekV2:
         q_pe = ops.rope(q_pe, cos, sin)
         k_pe = ops.rope(k_pe[:, None, :], cos, sin)[:, 0]
 
-        absorb = ops.per_head_transposed if w.k_b_is_transposed else ops.per_head
-        q_latent = absorb(q_nope, w.k_b_proj)  # q . (W_UK c) = (W_UK^T q) . c: keys are never expanded
-        context = ops.latent_attention(q_latent, q_pe, c_kv, k_pe, cache, layer, c.softmax_scale)
-        values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
+        if ops.expands(n_tokens, cache):  # many queries: keys W_UK c and values W_UV c are worth making
+            matrices = w.k_b_proj, w.k_b_is_transposed, w.v_b_proj
+            values = ops.expanded_attention(q_nope, q_pe, c_kv, k_pe, *matrices, cache, layer, c.softmax_scale)
+        else:  # absorbed form
+            absorb = ops.per_head_transposed if w.k_b_is_transposed else ops.per_head
+            q_latent = absorb(q_nope, w.k_b_proj)  # q . (W_UK c) = (W_UK^T q) . c: keys are never expanded
+            context = ops.latent_attention(q_latent, q_pe, c_kv, k_pe, cache, layer, c.softmax_scale)
+            values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
     def feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:

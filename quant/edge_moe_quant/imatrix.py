@@ -23,6 +23,10 @@ from edge_moe.weights import Weight
 class SquareSums(CpuBackend):
     """Runs operations and adds up squares, by the weights' own names."""
 
+    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+        """Never: in absorbed form every matrix has an input of its own."""
+        return False
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self.sums: dict[str, np.ndarray] = {}  # f64[K,C]: K = 1, or heads (of k_b and v_b), or experts

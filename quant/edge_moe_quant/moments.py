@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edge_moe.backends.cpu import CpuBackend, Grouping
+from edge_moe.latent_cache import LatentCache
 from edge_moe.models.deepseek2 import MLP
 from edge_moe.weights import Weight
 from edge_moe_quant.importance import TRUSTED_HITS
@@ -20,6 +21,10 @@ MomentsOf = Callable[[Weight, int], Pair | None]  # of one matrix of a weight
 
 class SparingBackend(CpuBackend):
     """Runs experts a few at a time, and lets go of their pages: a layer's can be more than the memory there is."""
+
+    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+        """Never: in absorbed form every matrix has an input of its own."""
+        return False
 
     def by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         active, offsets, rows, positions = grouping
