@@ -16,10 +16,10 @@ from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import OptionError
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
-from edge_moe.latent_cache import check_kind
-from edge_moe.models import deepseek2
+from edge_moe.models.architectures import load_pass
 from edge_moe.onnx_folder import OnnxFolder, OnnxPass
 from edge_moe.sampling import Sampler, SamplingOptions
+from edge_moe.token_cache import check_kind
 from edge_moe.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT_LENGTH = 16384
@@ -51,7 +51,7 @@ class Model:
         if isinstance(checkpoint, OnnxFolder):
             self._pass = OnnxPass(checkpoint, threads)
         else:
-            self._pass = deepseek2.DeepseekV2(self.config, deepseek2.load_weights(checkpoint), CpuBackend(threads))
+            self._pass = load_pass(checkpoint, CpuBackend(threads))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -64,17 +64,14 @@ class Model:
         return self._last_session.stats if self._last_session else GenerationStats()
 
     def new_session(self, context_length: int | None = None) -> Session:
-        """An empty latent cache to generate with; a chat keeps one, so that each turn runs only what is new."""
+        """An empty cache to generate with; a chat keeps one, so that each turn runs only what is new."""
         length = context_length or self.context_length
         return Session(self._pass, length, self.new_cache(length))
 
     def new_cache(self, context_length: int | None = None) -> Cache:
-        """An empty latent cache for `forward`."""
+        """An empty cache for `forward`."""
         length = context_length or self.context_length
-        if isinstance(self._pass, deepseek2.DeepseekV2):
-            return self._pass.new_cache(length, self.kv)
-        assert isinstance(self._pass, OnnxPass)
-        return self._pass.new_cache(length)
+        return self._pass.new_cache(length, self.kv)
 
     def forward(self, token_ids: np.ndarray, cache: Cache, *, all_logits: bool = False) -> np.ndarray:
         """Run tokens behind those in `cache`. token_ids i64[T] -> f32[1,vocab] of the last, or f32[T,vocab] of all."""

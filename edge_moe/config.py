@@ -31,7 +31,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and rules of one model. `n_routed_experts` 0 means that every layer is dense."""
+    """Sizes and rules that every model has. `n_routed_experts` 0 means that every layer is dense."""
 
     architecture: str
     name: str
@@ -43,19 +43,26 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
+    # feed-forward
+    intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeepseekV2Config(ModelConfig):
+    """A model of latent attention and, from layer `first_k_dense_replace` on, experts beside shared ones."""
+
     # multi-head latent attention
     q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    # feed-forward
-    intermediate_size: int
+    # experts
     first_k_dense_replace: int
     moe_intermediate_size: int
-    n_routed_experts: int
     n_shared_experts: int
-    num_experts_per_tok: int
     # router
     scoring_func: str  # "softmax" | "sigmoid"
     norm_topk_prob: bool
@@ -87,3 +94,12 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig(ModelConfig):
+    """A model of grouped-query attention: Llama, Mistral, and Mixtral, whose every layer has experts."""
+
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int | None  # tokens that a token sees, itself among them; None: all before it

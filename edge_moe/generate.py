@@ -1,4 +1,4 @@
-"""Generation: token ids in, token ids out, the latent cache kept between calls."""
+"""Generation: token ids in, token ids out, the cache kept between calls."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,13 +9,12 @@ import numpy as np
 
 from edge_moe.config import ModelConfig
 from edge_moe.errors import OptionError, ShapeError
-from edge_moe.latent_cache import LatentCache
 
 PREFILL_CHUNK = 512  # tokens per pass of a prompt: enough to reuse each expert's weights, little enough scratch
 
 
 class Cache(Protocol):
-    """What generation needs of the memory of the tokens seen; `LatentCache` says what each part means."""
+    """What generation needs of the memory of the tokens seen; `TokenCache` says what each part means."""
 
     context_length: int
 
@@ -31,7 +30,10 @@ class Cache(Protocol):
 class LanguageModel(Protocol):
     """What generation needs of a model pass; the cache is one of its own kind."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def new_cache(self, context_length: int, kind: str = ...) -> Any: ...
 
     def forward(self, token_ids: np.ndarray, cache: Any, *, all_logits: bool = False) -> np.ndarray: ...
 
@@ -65,11 +67,11 @@ class GenerationStats:
 
 
 class Session:
-    """One conversation: a latent cache and the token ids it holds. Not for use by two threads at once."""
+    """One conversation: a cache and the token ids it holds. Not for use by two threads at once."""
 
     def __init__(self, model: LanguageModel, context_length: int, cache: Cache | None = None) -> None:
         self.model = model
-        self.cache = LatentCache(model.config, context_length) if cache is None else cache
+        self.cache = model.new_cache(context_length) if cache is None else cache
         self.token_ids: list[int] = []
         self.stats = GenerationStats()
 

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from edge_moe.config import KV_KINDS, ModelConfig
-from edge_moe.errors import OptionError, ShapeError
+from edge_moe.config import KV_KINDS, DeepseekV2Config
+from edge_moe.errors import ShapeError
 from edge_moe.kernels import attention
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.hadamard import rotate_units, rotation_plan
-from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.token_cache import TokenCache, check_context_length, check_kind, run_steps
 
 
-def latent_cache_bytes(config: ModelConfig, context_length: int, kind: str = KV_KINDS[0]) -> int:
+def latent_cache_bytes(config: DeepseekV2Config, context_length: int, kind: str = KV_KINDS[0]) -> int:
     """Bytes of a cache for `context_length` tokens. Raises OptionError for a kind that there is not."""
     layer_bytes = attention.layer_bytes(
         attention.FORMATS[check_kind(kind)], context_length, config.kv_lora_rank, config.qk_rope_head_dim
@@ -19,14 +19,7 @@ def latent_cache_bytes(config: ModelConfig, context_length: int, kind: str = KV_
     return config.num_hidden_layers * layer_bytes
 
 
-def check_kind(kind: str) -> str:
-    """The kind itself. Raises OptionError for one that there is not."""
-    if kind not in KV_KINDS:
-        raise OptionError(f"--kv {kind}: expected one of {', '.join(KV_KINDS)}")
-    return kind
-
-
-class LatentCache:
+class LatentCache(TokenCache):
     """Latents of the tokens seen so far. Pages are taken from the system as the context grows.
 
     `kind` says how they are kept: "bf16" (2 bytes a number), "int8" (latents in 8 bits with a scale for each token and
@@ -37,20 +30,15 @@ class LatentCache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DeepseekV2Config,
         context_length: int,
         kind: str = KV_KINDS[0],
         gains: np.ndarray | None = None,
     ) -> None:
-        if not 1 <= context_length <= config.max_position_embeddings:
-            raise OptionError(
-                f"context length {context_length}: the model takes 1 to {config.max_position_embeddings} tokens"
-            )
-        self.kind = check_kind(kind)
-        self.context_length = context_length
+        check_context_length(config, context_length)
+        super().__init__(config, context_length, kind, latent_cache_bytes(config, context_length, kind))
         self._format = attention.FORMATS[kind]
         self._shape = config.kv_lora_rank, config.qk_rope_head_dim
-        self._length = np.zeros(1, np.int64)
         self._rotation: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # gains, their inverses, ones
         if gains is not None:
             gains = np.ascontiguousarray(gains, np.float32)
@@ -58,26 +46,6 @@ class LatentCache:
                 raise ShapeError(f"gains {list(gains.shape)} for {config.num_hidden_layers} x {config.kv_lora_rank}")
             inverses = np.divide(1, gains, where=gains != 0, out=np.zeros_like(gains))  # of 0: such a latent is 0
             self._rotation = gains, inverses, np.ones_like(gains[0])
-        self._n_bytes = latent_cache_bytes(config, context_length, kind)
-        self._layer_bytes = self._n_bytes // config.num_hidden_layers
-        # np.zeros leaves the pages to the system until they are written
-        self._memory = np.zeros(self._n_bytes + 63, np.uint8)
-        self._scratch = np.empty(0, np.uint8)  # of `attend`; kept, since new pages would cost more time
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return int(self._length[0])
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the whole cache, used or not."""
-        return self._n_bytes
-
-    @property
-    def free(self) -> int:
-        """Tokens that still fit."""
-        return self.context_length - self.length
 
     def attention_scratch(self, n_tokens: int, n_heads: int) -> np.ndarray:
         """Memory u8[] for the steps of n_tokens at once; one serves all layers, run one after the other."""
@@ -133,7 +101,7 @@ class LatentCache:
             raise ShapeError(
                 f"queries of {found[0]} + {found[1]} dims for a cache of {self._shape[0]} + {self._shape[1]}"
             )
-        address = ((self._memory.ctypes.data + 63) & ~63) + layer * self._layer_bytes
+        address = self._layer_address(layer)
         length = self._length.ctypes.data
         if self._rotation is None:
             return attention.attention_steps(
@@ -169,17 +137,12 @@ class LatentCache:
         Raises ShapeError for arrays that do not fit together or into the cache.
         """
         n_tokens, n_heads = q_latent.shape[:2]
-        if n_tokens > self.free:
-            raise ShapeError(f"{n_tokens} tokens for a cache with room for {self.free}")
+        self._check_room(n_tokens)
         q_latent, q_pe, c_kv, k_pe = (x if x.strides[-1] == 4 else x.copy() for x in (q_latent, q_pe, c_kv, k_pe))
         out = np.empty(q_latent.shape, np.float32)
         end = self.length + n_tokens
-        n_bytes = self._scratch_bytes(n_tokens, n_heads, end)
-        if self._scratch.size < n_bytes:
-            self._scratch = np.empty(n_bytes, np.uint8)
-        for step in self._steps(layer, end, q_latent, q_pe, c_kv, k_pe, out, self._scratch, scale):
-            code = compiled_address(step.function, step.fmt)
-            launch(code, step.plan.ctypes.data, step.n_units, step.operations, n_threads)
+        scratch = self._scratch_of(self._scratch_bytes(n_tokens, n_heads, end))
+        run_steps(self._steps(layer, end, q_latent, q_pe, c_kv, k_pe, out, scratch, scale), n_threads)
         return out
 
     def store(self, layer: int, c_kv: np.ndarray, k_pe: np.ndarray, n_threads: int) -> None:
@@ -204,18 +167,8 @@ class LatentCache:
             gains, _, ones = self._rotation
             latents = np.ascontiguousarray(latents)
             step = _rotation_step(latents[:, None], latents[:, None], ones, gains[layer])
-            launch(compiled_address(step.function, step.fmt), step.plan.ctypes.data, step.n_units, step.operations, 1)
+            run_steps([step], 1)
         return latents, keys
-
-    def advance(self, n_tokens: int) -> None:
-        """Count `n_tokens` that every layer has stored."""
-        self._length[0] += n_tokens
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise OptionError(f"cannot cut the cache to {length} tokens: it holds {self.length}")
-        self._length[0] = length
 
 
 def _rotation_step(source: np.ndarray, place: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_moe.checkpoint import read_config
-from edge_moe.config import ModelConfig
-from edge_moe.errors import FormatError, OptionError
+from edge_moe.config import DeepseekV2Config
+from edge_moe.errors import FormatError, OptionError, UnsupportedError
 from edge_moe.gguf import open_gguf
+from edge_moe.metadata import read_config
 
 GRAPH_FILE = "model.onnx"
 SETTINGS_FILE = "settings.gguf"  # metadata alone: the configuration and the tokenizer
@@ -34,14 +34,17 @@ class OnnxFolder:
         settings = open_gguf(path / SETTINGS_FILE)
         self.path = path
         self.metadata: Mapping[str, Any] = settings.metadata
-        self.config: ModelConfig = read_config(settings, has_weights=False)
+        config = read_config(settings, has_weights=False)
+        if not isinstance(config, DeepseekV2Config):
+            raise UnsupportedError(f"{path}: architecture {config.architecture}, expected deepseek2; export it again")
+        self.config = config
         self.size_bytes = sum(file.stat().st_size for file in path.iterdir())
 
 
 class OnnxCache:
     """Latents of the tokens seen so far, as onnxruntime gave them out: two halves f32 or f16 [1,1,length,·] a layer."""
 
-    def __init__(self, config: ModelConfig, context_length: int, dtype: type) -> None:
+    def __init__(self, config: DeepseekV2Config, context_length: int, dtype: type) -> None:
         if not 1 <= context_length <= config.max_position_embeddings:
             raise OptionError(
                 f"context length {context_length}: the model takes 1 to {config.max_position_embeddings} tokens"
@@ -94,8 +97,8 @@ class OnnxPass:
     def _layers(self) -> range:
         return range(self.config.num_hidden_layers)
 
-    def new_cache(self, context_length: int) -> OnnxCache:
-        """An empty latent cache."""
+    def new_cache(self, context_length: int, kind: str = "") -> OnnxCache:
+        """An empty latent cache, of the kind that the graph has."""
         return OnnxCache(self.config, context_length, self._dtype)
 
     def forward(self, token_ids: np.ndarray, cache: OnnxCache, *, all_logits: bool = False) -> np.ndarray:

@@ -1,17 +1,27 @@
 """What a model takes: weights by part and format, and the memory it needs for a context length."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from edge_moe.config import KV_KINDS, ModelConfig
-from edge_moe.latent_cache import latent_cache_bytes
-from edge_moe.models.deepseek2 import MLP, Attention, LowRankQuery, Weights
+from edge_moe.models.architectures import Weights, cache_bytes_by_kind, scratch_bytes
 from edge_moe.weights import Weight
 
-_F32_BYTES = 4
-_INDICES = 8  # f32-sized words per chosen expert to sort tokens by expert
+# Parts by the name of the field that holds them or what they consist of.
+_PARTS = {
+    "embed_tokens": "embeddings",
+    "self_attn": "attention",
+    "mlp": "dense layers",
+    "gate": "router",
+    "e_score_correction_bias": "router",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "lm_head": "output head",
+}
 _USUAL_CONTEXTS = (4096, 16384, 65536)
 
 
@@ -41,7 +51,7 @@ class Part:
 class Memory:
     """Bytes that a context of `context_length` tokens needs beside the file's own pages.
 
-    `cache_bytes` is the default latent cache, `cache_bytes_by_kind` that of each kind there is.
+    `cache_bytes` is the default cache, `cache_bytes_by_kind` that of each kind there is.
     """
 
     context_length: int
@@ -53,7 +63,9 @@ class Memory:
 def parts(weights: Weights) -> list[Part]:
     """The parts of a model in the order of the pass; a part that the model does not have is left out."""
     found: dict[str, Part] = {}
-    for name, tensor in _tensors(weights):
+    for name, tensor in _tensors(weights, ""):
+        if name == "output head" and tensor is weights.embed_tokens:
+            continue
         part = found.setdefault(name, Part(name))
         if isinstance(tensor, Weight):
             part.add(tensor.format.name, int(np.prod(tensor.shape, dtype=np.int64)), tensor.n_bytes)
@@ -79,7 +91,7 @@ def active_weights(config: ModelConfig, model_parts: list[Part]) -> tuple[int, i
 
 def memory(config: ModelConfig, context_length: int, chunk_size: int) -> Memory:
     """Memory of a context, when prompts are read in chunks of `chunk_size` tokens."""
-    cache_bytes = {kind: latent_cache_bytes(config, context_length, kind) for kind in KV_KINDS}
+    cache_bytes = cache_bytes_by_kind(config, context_length)
     return Memory(
         context_length,
         cache_bytes[KV_KINDS[0]],
@@ -94,61 +106,18 @@ def usual_contexts(config: ModelConfig) -> list[int]:
     return [length for length in _USUAL_CONTEXTS if length < limit] + [limit]
 
 
-def scratch_bytes(config: ModelConfig, n_tokens: int) -> int:
-    """Most bytes of activations at once in a pass of `n_tokens`: the larger of attention and feed-forward.
-
-    Counted from the arrays that models/deepseek2.py holds at the same time, all f32.
-    """
-    c = config
-    heads, rank = c.num_attention_heads, c.kv_lora_rank
-    attention = heads * c.qk_head_dim + 2 * c.latent_dim
-    attention += heads * (rank + c.latent_dim)  # absorbed queries, and they with their rope part for the cache
-    attention += 2 * heads * rank  # contexts, before they are divided and after
-    widest = attention
-    if c.first_k_dense_replace:
-        widest = max(widest, 3 * c.intermediate_size)  # gate, up and their product
-    if c.n_routed_experts:
-        gated = max(3 * c.moe_intermediate_size, c.moe_intermediate_size + c.hidden_size)
-        widest = max(widest, c.num_experts_per_tok * (gated + _INDICES) + c.hidden_size)
-    residual = 4 * c.hidden_size  # h, its norm, what is added to it and the sum
-    # a product holds its input a second time, quantized to a byte or a little more each
-    return _F32_BYTES * (n_tokens * (residual + widest * 9 // 8) + c.vocab_size)
-
-
-def _tensors(weights: Weights) -> Iterator[tuple[str, Weight | np.ndarray]]:
-    """Every tensor with the name of its part."""
-    yield "embeddings", weights.embed_tokens
-    for layer in weights.layers:
-        yield "norms", layer.input_layernorm
-        yield from _attention(layer.self_attn)
-        yield "norms", layer.post_attention_layernorm
-        if isinstance(layer.mlp, MLP):
-            yield from _mlp("dense layers", layer.mlp)
-            continue
-        yield "router", layer.mlp.gate
-        if layer.mlp.e_score_correction_bias.any():  # zeros stand for a bias that the file does not have
-            yield "router", layer.mlp.e_score_correction_bias
-        yield from _mlp("routed experts", layer.mlp.experts)
-        if layer.mlp.shared_experts is not None:
-            yield from _mlp("shared experts", layer.mlp.shared_experts)
-    yield "norms", weights.norm
-    if weights.lm_head is not weights.embed_tokens:
-        yield "output head", weights.lm_head
-
-
-def _attention(attention: Attention) -> Iterator[tuple[str, Weight | np.ndarray]]:
-    if isinstance(attention.q_proj, LowRankQuery):
-        yield "attention", attention.q_proj.q_a_proj
-        yield "norms", attention.q_proj.q_a_layernorm
-        yield "attention", attention.q_proj.q_b_proj
-    else:
-        yield "attention", attention.q_proj
-    yield "attention", attention.kv_a_proj_with_mqa
-    yield "norms", attention.kv_a_layernorm
-    for weight in (attention.k_b_proj, attention.v_b_proj, attention.o_proj):
-        yield "attention", weight
-
-
-def _mlp(name: str, mlp: MLP) -> Iterator[tuple[str, Weight]]:
-    for weight in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        yield name, weight
+def _tensors(value: Any, part: str, name: str = "") -> Iterator[tuple[str, Weight | np.ndarray]]:
+    """Every tensor below a part of the weights, with the name of its part."""
+    if isinstance(value, Weight):
+        yield part, value
+    elif isinstance(value, np.ndarray):
+        if name not in _PARTS:
+            yield "norms", value
+        elif value.any():  # zeros stand for a bias that the file does not have
+            yield _PARTS[name], value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _tensors(each, part)
+    elif dataclasses.is_dataclass(value):
+        for each in dataclasses.fields(value):
+            yield from _tensors(getattr(value, each.name), _PARTS.get(each.name, part), each.name)

@@ -227,14 +227,15 @@ def byte_tokens() -> list[str]:
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
-def rewrite(source, target, *, matrices=None, keys=None):
+def rewrite(source, target, *, matrices=None, keys=None, tensors=None, architecture=None):
     """Copy a model file.
 
     matrices: the type every matrix of the model is converted to; the router and all vectors stay F32.
-    keys: metadata that is added or replaced, {name: (value, GGUFValueType)}.
+    keys: metadata that is added or replaced, {name: (value, GGUFValueType)}; `architecture` is a key, too.
+    tensors: arrays that are added, by name.
     """
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture or reader.fields["general.architecture"].contents())
     metadata = {}
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
@@ -246,6 +247,8 @@ def rewrite(source, target, *, matrices=None, keys=None):
         if matrices is not None and len(tensor.shape) > 1 and "ffn_gate_inp" not in name:
             data, kind = gguf.quantize(gguf.dequantize(data, kind), matrices), matrices
         writer.add_tensor(name, data, raw_dtype=kind)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

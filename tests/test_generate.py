@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edge_moe.config import ModelConfig
+from edge_moe.config import DeepseekV2Config
 from edge_moe.errors import OptionError, ShapeError
 from edge_moe.generate import PREFILL_CHUNK, Session
+from edge_moe.latent_cache import LatentCache, latent_cache_bytes
 
-CONFIG = ModelConfig(
+CONFIG = DeepseekV2Config(
     architecture="deepseek2",
     name="counter",
     vocab_size=100,
@@ -46,6 +47,9 @@ class Counter:
 
     def __init__(self):
         self.calls = []
+
+    def new_cache(self, context_length):
+        return LatentCache(CONFIG, context_length)
 
     def forward(self, token_ids, cache, *, all_logits=False):
         self.calls.append((cache.length, token_ids.tolist()))
@@ -152,8 +156,6 @@ def test_cache_cannot_be_cut_longer(session):
 
 def test_cache_bytes():
     """The real shape of DeepSeek-V2-Lite: 1152 bytes per token and layer."""
-    from edge_moe.latent_cache import LatentCache, latent_cache_bytes
-
     config = dataclasses.replace(CONFIG, kv_lora_rank=512, qk_rope_head_dim=64, num_hidden_layers=27)
     assert latent_cache_bytes(config, 10) == 27 * 10 * 1152
     assert LatentCache(config, 10).n_bytes == 27 * 10 * 1152

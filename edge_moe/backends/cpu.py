@@ -14,7 +14,9 @@ import numpy as np
 from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.kernels import elementwise, products, routing
 from edge_moe.kernels.attention_expanded import ExpandedAttention
+from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
@@ -29,10 +31,10 @@ class CpuBackend:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._programs: WeakKeyDictionary[LatentCache, Program] = WeakKeyDictionary()
+        self._programs: WeakKeyDictionary[TokenCache, Program] = WeakKeyDictionary()
 
     def run(
-        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: LatentCache, all_logits: bool
+        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: TokenCache, all_logits: bool
     ) -> np.ndarray:
         """Run a model pass `compute(operations, token_ids, cache, all_logits)`.
 
@@ -47,7 +49,7 @@ class CpuBackend:
         return program.run(int(token_ids[0]), cache.length, self.threads)
 
     def rotations(
-        self, cache: LatentCache, n_tokens: int, inv_freq: np.ndarray, factor: float
+        self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin f32[T,P/2] of the next positions, times `factor`; angles in f64. inv_freq f64[P/2]."""
         angles = np.arange(cache.length, cache.length + n_tokens)[:, None] * inv_freq
@@ -141,6 +143,15 @@ class CpuBackend:
         for first in range(0, end, _EXPANDED_TOKENS):
             attention.add(first, *cache.latents(layer, first, min(first + _EXPANDED_TOKENS, end)))
         return attention.result()
+
+    def grouped_attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: KvCache, layer: int, scale: float
+    ) -> np.ndarray:
+        """Append the new keys and values to the cache, then attend to those that each token sees.
+
+        q f32[T,H,N], k and v f32[T,K,N] -> f32[T,H,N], values weighted by softmax.
+        """
+        return cache.attend(layer, q, k, v, scale, self.threads)
 
     def route(
         self,

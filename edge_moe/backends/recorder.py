@@ -12,12 +12,15 @@ import numpy as np
 from edge_moe.kernels import product_units as units
 from edge_moe.kernels import steps
 from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
+from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.launch import compiled_address
 from edge_moe.kernels.products import UNIT_BYTES
 from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
 from edge_moe.kernels.tiles import TILE_ROWS
+from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 SHARED_OPERATIONS = 100_000  # from so many on a step is shared between threads: some 10 microseconds
@@ -38,7 +41,7 @@ def _bits(value: float) -> int:
 class Program:
     """A recorded pass: `run(token_id, position)` gives the logits f32[1,vocab] of one token."""
 
-    def __init__(self, compute: Compute, cache: LatentCache) -> None:
+    def __init__(self, compute: Compute, cache: TokenCache) -> None:
         recorder = Recorder()
         self._token_ids = np.zeros(1, np.int64)
         self._logits = compute(recorder, self._token_ids, cache, False)
@@ -64,7 +67,7 @@ class Recorder:
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
 
-    def rotations(self, cache: LatentCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
+    def rotations(self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
         """cos and sin f32[1,P/2] of the token's position, renewed before each run."""
         cos, sin = self._empty(1, len(inv_freq)), self._empty(1, len(inv_freq))
 
@@ -164,9 +167,18 @@ class Recorder:
         if self._scratch is None:
             self._scratch = cache.attention_scratch(1, q_latent.shape[1])
             self.keep.append(self._scratch)
-        for step in cache.attention_steps(layer, q_latent, q_pe, c_kv, k_pe, out, self._scratch, scale):
-            operations = step.operations if step.n_units > 1 else 0
-            self._step(step.function, step.plan, step.fmt, operations)
+        self._attention(cache.attention_steps(layer, q_latent, q_pe, c_kv, k_pe, out, self._scratch, scale))
+        return out
+
+    def grouped_attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: KvCache, layer: int, scale: float
+    ) -> np.ndarray:
+        """Append the new keys and values to the cache, then attend; shapes as of CpuBackend, for one token."""
+        out = self._empty(*q.shape)
+        if self._scratch is None:
+            self._scratch = cache.attention_scratch(1, q.shape[1])
+            self.keep.append(self._scratch)
+        self._attention(cache.attention_steps(layer, q, k, v, out, self._scratch, scale))
         return out
 
     def expands(self, n_tokens: int, cache: LatentCache) -> bool:
@@ -225,6 +237,11 @@ class Recorder:
         return total
 
     # ---- parts of the above
+
+    def _attention(self, attention_steps: list[Step]) -> None:
+        for step in attention_steps:
+            operations = step.operations if step.n_units > 1 else 0
+            self._step(step.function, step.plan, step.fmt, operations)
 
     def _empty(self, *shape: int, dtype: type = np.float32) -> np.ndarray:
         """A buffer that lives as long as the program."""

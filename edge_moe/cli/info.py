@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from edge_moe.cli.options import MAX_TOKENS, Parser, check_model_path, whole_number
 from edge_moe.cli.report import format_bytes, print_facts, print_table, write_json
-from edge_moe.config import KV_KINDS
 from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def describe(checkpoint: "Checkpoint", context_length: int | None = None) -> dic
     """
     from edge_moe import plan
     from edge_moe.generate import PREFILL_CHUNK
-    from edge_moe.models.deepseek2 import load_weights
+    from edge_moe.models.architectures import load_weights
     from edge_moe.tokenizer import Tokenizer
 
     config = checkpoint.config
@@ -113,7 +112,7 @@ def _print(document: dict[str, Any]) -> None:
     config, tokenizer = document["config"], document["tokenizer"]
     experts = (
         f"{config['n_routed_experts']} routed, {config['num_experts_per_tok']} used by a token, "
-        f"{config['n_shared_experts']} shared; from layer {config['first_k_dense_replace']} on"
+        f"{config.get('n_shared_experts', 0)} shared; from layer {config.get('first_k_dense_replace', 0)} on"
         if config["n_routed_experts"]
         else "none"
     )
@@ -132,7 +131,11 @@ def _print(document: dict[str, Any]) -> None:
             (
                 "layers",
                 f"{config['num_hidden_layers']} of size {config['hidden_size']}; {config['num_attention_heads']} heads "
-                f"on a latent of {config['kv_lora_rank']} + {config['qk_rope_head_dim']}",
+                + (
+                    f"on a latent of {config['kv_lora_rank']} + {config['qk_rope_head_dim']}"
+                    if "kv_lora_rank" in config
+                    else f"on {config['num_key_value_heads']} of keys and values, of size {config['head_dim']}"
+                ),
             ),
             ("experts", experts),
             (
@@ -173,11 +176,16 @@ def _print(document: dict[str, Any]) -> None:
     sys.stdout.write("\n")
     print_table(
         "Memory",
-        ["context", *(f"cache, {kind}" for kind in KV_KINDS), "scratch", "file (when all of it was used)"],
+        [
+            "context",
+            *(f"cache, {kind}" for kind in document["memory"][0]["cache_bytes_by_kind"]),
+            "scratch",
+            "file (when all of it was used)",
+        ],
         [
             [
                 f"{row['context_length']}",
-                *(format_bytes(row["cache_bytes_by_kind"][kind]) for kind in KV_KINDS),
+                *map(format_bytes, row["cache_bytes_by_kind"].values()),
                 format_bytes(row["scratch_bytes"]),
                 format_bytes(row["file_bytes"]),
             ]

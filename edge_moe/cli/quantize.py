@@ -322,7 +322,7 @@ def _allocated(
 
 
 def _window_length(source: "GGUFFile") -> int:
-    from edge_moe.checkpoint import read_config
+    from edge_moe.metadata import read_config
 
     return min(512, read_config(source).max_position_embeddings)
 

@@ -4,16 +4,18 @@ Source: DeepSeek-V2, arXiv 2405.04434, section 2 (MLA 2.1, DeepSeekMoE 2.2); Dee
 Shapes: T tokens, H heads, D hidden, R kv_lora_rank, N nope, P rope, V value head, E experts, K active, F expert width.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_moe.backends.cpu import CpuBackend, Operations
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.config import ModelConfig
-from edge_moe.errors import ShapeError
+from edge_moe.config import KV_KINDS, DeepseekV2Config
+from edge_moe.errors import UnsupportedError
 from edge_moe.latent_cache import LatentCache
+from edge_moe.models import rope
+from edge_moe.models.feed_forward import MLP, activation_bytes, load_mlp
+from edge_moe.models.inputs import check_tokens
 from edge_moe.weights import Weight
 
 
@@ -37,15 +39,6 @@ class Attention:
     k_b_is_transposed: bool  # the latter
     v_b_proj: Weight  # [H, V, R]
     o_proj: Weight  # [D, HV]
-
-
-@dataclass(frozen=True, slots=True)
-class MLP:
-    """Weights of a gated MLP: gate and up [F, D], down [D, F]; for a stack of experts with E in front."""
-
-    gate_proj: Weight
-    up_proj: Weight
-    down_proj: Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +67,16 @@ class Weights:
     lm_head: Weight  # [vocab, D]; embed_tokens itself where the two are tied
 
 
+def config_of(checkpoint: Checkpoint) -> DeepseekV2Config:
+    """The file's config. Raises UnsupportedError for one of another architecture."""
+    if not isinstance(checkpoint.config, DeepseekV2Config):
+        raise UnsupportedError(f"{checkpoint.path}: architecture {checkpoint.config.architecture}, expected deepseek2")
+    return checkpoint.config
+
+
 def load_weights(checkpoint: Checkpoint) -> Weights:
     """All weights of the model, as views on the file. Raises FormatError where one is missing or has another shape."""
-    c = checkpoint.config
+    c = config_of(checkpoint)
     embed_tokens = checkpoint.weight("embed_tokens", c.vocab_size, c.hidden_size)
     has_lm_head = "lm_head" in checkpoint
     return Weights(
@@ -87,7 +87,7 @@ def load_weights(checkpoint: Checkpoint) -> Weights:
     )
 
 
-def _load_layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> Layer:
+def _load_layer(checkpoint: Checkpoint, c: DeepseekV2Config, index: int) -> Layer:
     name = f"layers.{index}"
     return Layer(
         input_layernorm=checkpoint.vector(f"{name}.input_layernorm", c.hidden_size),
@@ -95,11 +95,11 @@ def _load_layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> Layer:
         post_attention_layernorm=checkpoint.vector(f"{name}.post_attention_layernorm", c.hidden_size),
         mlp=_load_moe(checkpoint, c, f"{name}.mlp")
         if c.is_moe_layer(index)
-        else _load_mlp(checkpoint, f"{name}.mlp", (), c.intermediate_size),
+        else load_mlp(checkpoint, f"{name}.mlp", (), c.intermediate_size),
     )
 
 
-def _load_attention(checkpoint: Checkpoint, c: ModelConfig, name: str) -> Attention:
+def _load_attention(checkpoint: Checkpoint, c: DeepseekV2Config, name: str) -> Attention:
     n_heads, rank, width = c.num_attention_heads, c.kv_lora_rank, c.num_attention_heads * c.qk_head_dim
     q_proj: Weight | LowRankQuery
     if c.q_lora_rank:
@@ -129,41 +129,29 @@ def _load_attention(checkpoint: Checkpoint, c: ModelConfig, name: str) -> Attent
     )
 
 
-def _load_mlp(checkpoint: Checkpoint, name: str, stack: tuple[int, ...], width: int) -> MLP:
-    hidden = checkpoint.config.hidden_size
-    if f"{name}.gate_up_proj" in checkpoint:
-        gate_proj, up_proj = checkpoint.weight(f"{name}.gate_up_proj", *stack, 2 * width, hidden).split_rows(
-            width, width
-        )
-    else:
-        gate_proj = checkpoint.weight(f"{name}.gate_proj", *stack, width, hidden)
-        up_proj = checkpoint.weight(f"{name}.up_proj", *stack, width, hidden)
-    return MLP(gate_proj, up_proj, checkpoint.weight(f"{name}.down_proj", *stack, hidden, width))
-
-
-def _load_moe(checkpoint: Checkpoint, c: ModelConfig, name: str) -> MoE:
+def _load_moe(checkpoint: Checkpoint, c: DeepseekV2Config, name: str) -> MoE:
     n_experts, bias_name = c.n_routed_experts, f"{name}.gate.e_score_correction_bias"
     bias = checkpoint.vector(bias_name, n_experts) if bias_name in checkpoint else np.zeros(n_experts, np.float32)
     shared_width = c.n_shared_experts * c.moe_intermediate_size
     return MoE(
         gate=checkpoint.weight(f"{name}.gate", n_experts, c.hidden_size),
         e_score_correction_bias=bias,
-        experts=_load_mlp(checkpoint, f"{name}.experts", (n_experts,), c.moe_intermediate_size),
-        shared_experts=_load_mlp(checkpoint, f"{name}.shared_experts", (), shared_width) if shared_width else None,
+        experts=load_mlp(checkpoint, f"{name}.experts", (n_experts,), c.moe_intermediate_size),
+        shared_experts=load_mlp(checkpoint, f"{name}.shared_experts", (), shared_width) if shared_width else None,
     )
 
 
 class DeepseekV2:
     """The model: token ids in, logits out, the latent cache passed in."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: CpuBackend) -> None:
+    def __init__(self, config: DeepseekV2Config, weights: Weights, backend: CpuBackend) -> None:
         self.config = config
         self.weights = weights
         self.backend = backend
         self._inv_freq = rope_frequencies(config)
 
-    def new_cache(self, context_length: int, kind: str) -> LatentCache:
-        """An empty cache. In 4 bits latents are kept rotated, unless the file's own are so already."""
+    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> LatentCache:
+        """An empty cache. In 4 bits latents are kept rotated, unless the file's own are so. Raises OptionError."""
         gains = None
         if kind == "int4" and not self.config.latent_is_rotated:
             gains = np.stack([layer.self_attn.kv_a_layernorm for layer in self.weights.layers])
@@ -174,10 +162,7 @@ class DeepseekV2:
 
         Raises ShapeError for ids outside the vocabulary and for more tokens than the cache has room for.
         """
-        if not 1 <= len(token_ids) <= cache.free:
-            raise ShapeError(f"{len(token_ids)} tokens do not fit: the cache has room for 1 to {cache.free}")
-        if token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
-            raise ShapeError(f"token ids {token_ids.tolist()[:8]}: expected 0 to {self.config.vocab_size - 1}")
+        check_tokens(token_ids, cache, self.config)
         logits = self.backend.run(self._compute, token_ids, cache, all_logits)
         cache.advance(len(token_ids))
         return logits
@@ -255,25 +240,20 @@ class DeepseekV2:
         return out
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of rope dimensions, f64[P/2].
+def rope_frequencies(config: DeepseekV2Config) -> np.ndarray:
+    """Radians per position of each pair of rope dimensions, f64[P/2]."""
+    return rope.rope_frequencies(config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
-    Source: RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071, section 3.2 ("NTK-by-parts").
+
+def scratch_bytes(config: DeepseekV2Config, n_tokens: int) -> int:
+    """Most bytes of activations at once in a pass of `n_tokens`: the larger of attention and feed-forward.
+
+    Counted from the arrays that the pass holds at the same time, all f32.
     """
-    dim, theta = config.qk_rope_head_dim, config.rope_theta
-    freq = theta ** (-np.arange(0, dim, 2) / dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return freq
-    if scaling.rope_type == "linear":
-        return freq / scaling.factor
-
-    def dimension_of(n_rotations: float) -> float:
-        """The dimension that turns `n_rotations` times over the first training length."""
-        length = scaling.original_max_position_embeddings
-        return dim * math.log(length / (n_rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(0, math.floor(dimension_of(scaling.beta_fast)))
-    high = min(dim - 1, math.ceil(dimension_of(scaling.beta_slow)))
-    slow = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)  # 0 keeps a frequency, 1 stretches it
-    return freq / scaling.factor * slow + freq * (1 - slow)
+    c = config
+    heads, rank = c.num_attention_heads, c.kv_lora_rank
+    attention = heads * c.qk_head_dim + 2 * c.latent_dim
+    attention += heads * (rank + c.latent_dim)  # absorbed queries, and they with their rope part for the cache
+    attention += 2 * heads * rank  # contexts, before they are divided and after
+    width = c.intermediate_size if c.first_k_dense_replace else 0
+    return activation_bytes(c, n_tokens, attention, width, c.moe_intermediate_size)

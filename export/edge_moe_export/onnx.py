@@ -13,7 +13,7 @@ from onnx import ModelProto
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import OptionError, UnsupportedError
-from edge_moe.models.deepseek2 import load_weights
+from edge_moe.models.deepseek2 import config_of, load_weights
 from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
 from edge_moe_export.gguf import write_gguf
 from edge_moe_export.onnx_builder import Builder, TensorFile
@@ -57,7 +57,7 @@ def export_onnx(
         raise OptionError(f"--bits {bits}: expected one of {', '.join(map(str, BITS))}")
     if block not in BLOCKS:
         raise OptionError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
-    config = checkpoint.config
+    config = config_of(checkpoint)
     if config.latent_dim % 2:
         raise UnsupportedError(
             f"{checkpoint.path}: its latent cache is {config.latent_dim} numbers wide, expected an even number, "

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from edge_moe.config import ModelConfig
+from edge_moe.config import DeepseekV2Config
 from edge_moe.models.deepseek2 import MLP, Attention, LowRankQuery, MoE, Weights, rope_frequencies
 from edge_moe_export.onnx_builder import Builder, Shape
 from edge_moe_export.onnx_storage import Storage
@@ -21,7 +21,13 @@ MIN_WEIGHT_SUM = 6.103515625e-05  # of a token's experts, before they are normed
 
 
 def build_decoder(
-    g: Builder, config: ModelConfig, weights: Weights, storage: Storage, *, half_cache: bool, done: Callable[[], None]
+    g: Builder,
+    config: DeepseekV2Config,
+    weights: Weights,
+    storage: Storage,
+    *,
+    half_cache: bool,
+    done: Callable[[], None],
 ) -> None:
     """Add the whole model to `g`. `half_cache`: the cache is f16; `done` is called after each layer."""
     Decoder(g, config, storage, half_cache=half_cache).build(weights, done)
@@ -30,7 +36,7 @@ def build_decoder(
 class Decoder:
     """Adds one model to a graph. Methods take and return names of f32[B,T,D], where nothing else is said."""
 
-    def __init__(self, g: Builder, config: ModelConfig, storage: Storage, *, half_cache: bool) -> None:
+    def __init__(self, g: Builder, config: DeepseekV2Config, storage: Storage, *, half_cache: bool) -> None:
         self.g, self.c, self.storage = g, config, storage
         self.cache_type = TensorProto.FLOAT16 if half_cache else TensorProto.FLOAT
         # Latent and rope key lie in one row, cut into two halves: onnxruntime-genai wants keys and values of one shape.

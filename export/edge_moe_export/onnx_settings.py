@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.config import ModelConfig
+from edge_moe.config import DeepseekV2Config
 from edge_moe.encoders import ByteLevelEncoder
+from edge_moe.models.deepseek2 import config_of
 from edge_moe.pretokenizers import PRE_TOKENIZERS
 from edge_moe.tokenizer import Tokenizer
 from edge_moe.vocabulary import PREFIX, TokenKind, Vocabulary
@@ -27,7 +28,7 @@ def write_settings(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
 
     Raises FormatError when the file's tokenizer is damaged.
     """
-    config, notes = checkpoint.config, []
+    config, notes = config_of(checkpoint), []
     _write_json(folder / "config.json", transformers_config(config))
     tokenizer = None
     if PREFIX + "model" in checkpoint.metadata:
@@ -44,7 +45,7 @@ def write_settings(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def transformers_config(c: ModelConfig) -> dict[str, Any]:
+def transformers_config(c: DeepseekV2Config) -> dict[str, Any]:
     """The configuration under the names that transformers has for it."""
     version = "v3" if c.scoring_func == "sigmoid" else "v2"
     scaling = c.rope_scaling
@@ -72,7 +73,7 @@ def transformers_config(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def genai_config(c: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def genai_config(c: DeepseekV2Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The settings of onnxruntime-genai: one key-value head, whose key and value are the halves of the latent."""
     bos_id = tokenizer.bos_id if tokenizer else None
     eos_ids = sorted(tokenizer.eos_ids) if tokenizer else []
@@ -116,7 +117,7 @@ def genai_config(c: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, c: ModelConfig) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, c: DeepseekV2Config) -> dict[str, Any]:
     """What transformers wants to know beside tokenizer.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from edge_moe.config import ModelConfig
+from edge_moe.config import DeepseekV2Config
 from edge_moe.errors import OptionError
 from edge_moe.formats import Q4_0
 from edge_moe.models.deepseek2 import MLP, Attention
@@ -79,7 +79,7 @@ class Storage:
             keys = self.float_stack(w.k_b_proj)
         return keys, self.float_stack(w.v_b_proj)
 
-    def experts(self, w: MLP, x: str, choice: str, scores: str, config: ModelConfig) -> str:
+    def experts(self, w: MLP, x: str, choice: str, scores: str, config: DeepseekV2Config) -> str:
         """The experts with the largest `choice` f32[BT,E], weighted by their `scores` f32[BT,E]. f32[B,T,D] -> same."""
         for weight in (w.gate_proj, w.down_proj):
             if not fits(weight, self.block):

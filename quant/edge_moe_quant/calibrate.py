@@ -25,6 +25,7 @@ from edge_moe.models.deepseek2 import (
     DeepseekV2,
     LowRankQuery,
     MoE,
+    config_of,
     load_weights,
     rope_frequencies,
 )
@@ -142,9 +143,10 @@ class _Job:
     ) -> None:
         self.checkpoint, self.formats, self.store, self.n_threads = checkpoint, formats, store, n_threads
         self.weights = load_weights(checkpoint)
+        self.config = config_of(checkpoint)
         self.layers = self.weights.layers
         self.ops = SparingBackend(n_threads)
-        self.model = DeepseekV2(checkpoint.config, self.weights, self.ops)
+        self.model = DeepseekV2(self.config, self.weights, self.ops)
         self.n_tokens_of_window = windows.shape[1]
         self.coverage = Coverage(windows.size)
 
@@ -182,7 +184,7 @@ class _Job:
         self._encode([self.weights.lm_head], moments.moments)
 
     def _attend(self, ops: CpuBackend, w: Attention, x: np.ndarray) -> np.ndarray:
-        config = replace(self.checkpoint.config, num_hidden_layers=1)
+        config = replace(self.config, num_hidden_layers=1)
         cache = LatentCache(config, self.n_tokens_of_window, "f32")
         scaling = config.rope_scaling
         factor = scaling.attention_factor if scaling else 1.0

@@ -16,7 +16,7 @@ from edge_moe.errors import FormatError
 from edge_moe.formats import F32
 from edge_moe.kernels import routing
 from edge_moe.latent_cache import LatentCache
-from edge_moe.models.deepseek2 import DeepseekV2, load_weights
+from edge_moe.models.architectures import load_pass
 from edge_moe.weights import Weight
 
 
@@ -74,15 +74,14 @@ def collect(
 ) -> SquareSums:
     """Run a model over windows i64[N,L] of token ids. Raises FormatError for activations that are not finite."""
     sums = SquareSums(n_threads)
-    weights = load_weights(checkpoint)
-    model = DeepseekV2(checkpoint.config, weights, sums)
+    model = load_pass(checkpoint, sums)
     for number, ids in enumerate(windows):
         if progress:
             progress(number, len(windows), "")
-        logits = model.forward(ids, LatentCache(checkpoint.config, len(ids)))
+        logits = model.forward(ids, model.new_cache(len(ids)))
         if not np.isfinite(logits).all():
             raise FormatError(f"{checkpoint.path}: gives logits that are not finite; make the file anew")
-    for name in (weights.lm_head.name, weights.embed_tokens.name):
+    for name in (model.weights.lm_head.name, model.weights.embed_tokens.name):
         sums.sums.pop(name, None)
         sums.counts.pop(name, None)
     return sums
