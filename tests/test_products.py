@@ -212,10 +212,6 @@ def test_wrong_arrays_are_named():
         products.grouped_linear_transposed(x, np.array([0, 2]), fmt, places, 8, 256)
 
 
-def test_bytes_needed():
-    assert products.n_bytes_needed(BY_NAME["Q4_K"], 3, 512) == 3 * 2 * 144
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this CPU is no x86-64")
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v2"])

@@ -178,13 +178,26 @@ AVX512 = "avx2,f16c,fma,ssse3,avx512f,avx512bw,avx512vl,avx512dq"
 )
 def test_assembly(triple, cpu, features, pattern):
     """A product's inner loops use the CPU's dot products: 8 steps times all tokens of a tile, and some for one row."""
+    assert len(re.findall(pattern, assembly("Q4_K", triple, cpu, features))) >= 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL"])
+def test_assembly_of_other_formats(name):
+    """The same with AVX512-VNNI: whole registers of dot products, a number for all rows spread by the product."""
+    text = assembly(name, "x86_64-unknown-linux-gnu", "znver4", f"{AVX512},avx512vnni")
+    assert len(re.findall(r"vpdpbusd\s+\d*\(%r\w+,%r\w+\)\{1to16\}, %zmm", text)) >= 32
+
+
+def assembly(format_name, triple, cpu, features):
+    """A product's machine code for another CPU, as text."""
     try:
         llvm.initialize_all_targets()
         llvm.Target.from_triple(triple)
     except RuntimeError:
         pytest.skip(f"this LLVM does not know {triple}")
     script = Path(__file__).with_name("product_assembly.py")
-    command = [sys.executable, str(script), "Q4_K", triple, cpu, features]
+    command = [sys.executable, str(script), format_name, triple, cpu, features]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall(pattern, done.stdout)) >= 64
+    return done.stdout

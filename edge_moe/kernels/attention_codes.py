@@ -17,7 +17,6 @@ from edge_moe.kernels.attention_tiles import (
     MAX_PROBABILITY,
     MAX_QUERY,
     QUERY_BYTES,
-    exp2,
     query_codes,
     scatter,
     store_probabilities,
@@ -32,6 +31,7 @@ from edge_moe.kernels.attention_tiles import (
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
 from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     absolute,

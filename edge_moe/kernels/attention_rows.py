@@ -8,9 +8,10 @@ import numpy as np
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.attention_tiles import HEADS, exp2, tile_accumulate, tile_add_rows, tile_store_sums, to_bfloat
+from edge_moe.kernels.attention_tiles import HEADS, tile_accumulate, tile_add_rows, tile_store_sums, to_bfloat
 from edge_moe.kernels.blocks import FloatFormat
 from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import f32x16, fma, larger, load, picker, splat, store
 from edge_moe.kernels.tiles import tile_add_product, tile_zero

@@ -14,27 +14,20 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.dots import BYTE, I16, I32, SIGN_BIAS, VIA_16_BITS, GroupDot, pair_sums_32
-from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     Vector,
     call,
-    convert,
     f32x16,
-    fma,
     i32x16,
-    larger,
     llvm_type,
     load_at,
     rearrange,
-    rounded,
-    splat,
     spread,
     store_at,
     suffix,
-    view,
 )
 from edge_moe.kernels.target import TARGET
-from edge_moe.kernels.tiles import TILE_TOKENS, _numbers, _pack, _tile, _unpack
+from edge_moe.kernels.tiles import TILE_TOKENS, numbers_at, pack_tile, tile_of, unpack_tile
 
 HEADS = TILE_TOKENS
 BY_BYTES = not VIA_16_BITS
@@ -47,25 +40,6 @@ MAX_PROBABILITY = (1 << 2 * LOW_BITS) - 1 if BY_BYTES else 32767
 
 CODES = SimpleNamespace(signed=True, max_code=-1)
 u32x16, u16x16 = Vector(types.uint32, 16), Vector(types.uint16, 16)
-
-
-@inline_kernel
-def exp2(x):
-    """2 to the power of each lane f32x16 of at most 0; below -126 it stays 2**-126. Relative error below 2e-7."""
-    x = larger(splat(f32x16, types.float32(-126.0)), x)  # in this order what is not a number stays so
-    whole = rounded(x)
-    f = x - whole
-    # the Taylor series of exp(f ln 2), |f| <= 1/2
-    power = splat(f32x16, types.float32(1.5252734e-5))
-    power = fma(power, f, splat(f32x16, types.float32(1.5403530e-4)))
-    power = fma(power, f, splat(f32x16, types.float32(1.3333558e-3)))
-    power = fma(power, f, splat(f32x16, types.float32(9.6181291e-3)))
-    power = fma(power, f, splat(f32x16, types.float32(5.5504109e-2)))
-    power = fma(power, f, splat(f32x16, types.float32(2.4022651e-1)))
-    power = fma(power, f, splat(f32x16, types.float32(6.9314718e-1)))
-    power = fma(power, f, splat(f32x16, types.float32(1.0)))
-    exponent = (convert(i32x16, whole) + types.int32(127)) << types.int32(23)
-    return power * view(f32x16, exponent)
 
 
 @intrinsic
@@ -115,10 +89,10 @@ def tile_add_rows(typingctx: Any, total: Any, factor: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, factor, address = args
         sums = []
-        for h, acc in enumerate(_unpack(builder, total)):
+        for h, acc in enumerate(unpack_tile(builder, total)):
             row = load_at(builder, address, factor.type, 64 * h)
             sums.append(call(builder, f"llvm.fmuladd.{suffix(acc.type)}", acc.type, [factor, row, acc]))
-        return _pack(builder, sums)
+        return pack_tile(builder, sums)
 
     return total(total, f32x16, types.int64), codegen
 
@@ -133,7 +107,7 @@ def tile_store_sums(typingctx: Any, address: Any, tile: Any) -> Any:
 
         low, high = range(8), range(8, 16)
         halves = [
-            builder.fadd(rearrange(builder, v, low), rearrange(builder, v, high)) for v in _unpack(builder, args[1])
+            builder.fadd(rearrange(builder, v, low), rearrange(builder, v, high)) for v in unpack_tile(builder, args[1])
         ]
         # two, then four heads side by side within each half of a register, as x86 shuffles them
         pairs = [
@@ -161,7 +135,7 @@ def tile_accumulate(typingctx: Any, address: Any, step: Any, tile: Any, factors:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address, step, tile, factors = args
-        for h, value in enumerate(_unpack(builder, tile)):
+        for h, value in enumerate(unpack_tile(builder, tile)):
             if whole_numbers:
                 value = builder.add(rearrange(builder, value, range(8)), rearrange(builder, value, range(8, 16)))
                 value = builder.add(rearrange(builder, value, range(4)), rearrange(builder, value, range(4, 8)))
@@ -187,9 +161,9 @@ def tile_numbers(typingctx: Any, x: Any, offset: Any) -> Any:
     """Each head's int32 at an offset, in all lanes: what sums begin with."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _pack(builder, _numbers(builder, args[0], args[1], 0, I32))
+        return pack_tile(builder, numbers_at(builder, args[0], args[1], 0, I32))
 
-    return _tile(i32x16)(types.int64, types.int64), codegen
+    return tile_of(i32x16)(types.int64, types.int64), codegen
 
 
 def _as_pairs(builder: ir.IRBuilder, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -221,19 +195,19 @@ def tile_add_scores(typingctx: Any, total: Any, codes: Any, x: Any, offset: Any)
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, codes, x, offset = args
         w, sums = load_at(builder, codes, ir.VectorType(BYTE, 64)), []
-        quads = _numbers(builder, x, offset, 0, I32)
+        quads = numbers_at(builder, x, offset, 0, I32)
         if BY_BYTES:
-            for acc, quad in zip(_unpack(builder, total), quads, strict=True):
+            for acc, quad in zip(unpack_tile(builder, total), quads, strict=True):
                 group = GroupDot(builder, CODES, acc, None)
                 group.add(w, builder.bitcast(quad, w.type))
                 sums.append(group.result())
-            return _pack(builder, sums)
+            return pack_tile(builder, sums)
         even, odd = _as_pairs(builder, w)
-        others = _numbers(builder, x, offset, 1, I32)
-        for acc, first, second in zip(_unpack(builder, total), quads, others, strict=True):
+        others = numbers_at(builder, x, offset, 1, I32)
+        for acc, first, second in zip(unpack_tile(builder, total), quads, others, strict=True):
             acc = builder.add(acc, pair_sums_32(builder, even, builder.bitcast(first, even.type)))
             sums.append(builder.add(acc, pair_sums_32(builder, odd, builder.bitcast(second, odd.type))))
-        return _pack(builder, sums)
+        return pack_tile(builder, sums)
 
     return total(total, types.int64, types.int64, types.int64), codegen
 
@@ -255,18 +229,18 @@ def tile_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, 
             if SIGN_BIAS:
                 w = builder.xor(w, ir.Constant(w.type, [SIGN_BIAS] * 64))
             start = builder.add(probabilities, builder.mul(part, ir.Constant(part.type, 64 * HEADS)))
-            for h, acc in enumerate(_unpack(builder, total)):
+            for h, acc in enumerate(unpack_tile(builder, total)):
                 group = GroupDot(builder, CODES, acc, None)
                 group.add(load_at(builder, start, w.type, 64 * h), w)
                 sums.append(group.result())
-            return _pack(builder, sums)
+            return pack_tile(builder, sums)
         even, odd = _as_pairs(builder, w)
-        for h, acc in enumerate(_unpack(builder, total)):
+        for h, acc in enumerate(unpack_tile(builder, total)):
             first = load_at(builder, probabilities, even.type, 64 * h)
             second = load_at(builder, probabilities, odd.type, 64 * (HEADS + h))
             acc = builder.add(acc, pair_sums_32(builder, even, first))
             sums.append(builder.add(acc, pair_sums_32(builder, odd, second)))
-        return _pack(builder, sums)
+        return pack_tile(builder, sums)
 
     return total(total, types.int64, types.int64, types.int64), codegen
 
@@ -308,6 +282,6 @@ def tile_make_high(typingctx: Any, total: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = ir.Constant(llvm_type(i32x16), [LOW_BITS] * 16)
-        return _pack(builder, [builder.shl(acc, bits) for acc in _unpack(builder, args[0])])
+        return pack_tile(builder, [builder.shl(acc, bits) for acc in unpack_tile(builder, args[0])])
 
     return total(total), codegen

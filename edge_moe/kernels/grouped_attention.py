@@ -28,7 +28,6 @@ from edge_moe.kernels.attention_rows import (
 )
 from edge_moe.kernels.attention_tiles import (
     HEADS,
-    exp2,
     tile_accumulate,
     tile_add_rows,
     tile_store_sums,
@@ -36,6 +35,7 @@ from edge_moe.kernels.attention_tiles import (
 )
 from edge_moe.kernels.blocks import TAGS, FloatFormat, FormatTag
 from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,

@@ -133,11 +133,6 @@ def _kernels(fmt: BlockFormat) -> tuple[tuple[int, int, int], int]:
     return (compiled_address(units.product_units, TAGS[fmt.name]), quantize, interleave), group
 
 
-def n_bytes_needed(fmt: BlockFormat, n_rows: int, n_cols: int) -> int:
-    """Bytes that a matrix of n_rows x n_cols takes in a format. Raises FormatError for broken blocks."""
-    return n_rows * fmt.row_bytes(n_cols)
-
-
 def _matrix(x: np.ndarray) -> np.ndarray:
     if type(x) is not np.ndarray or x.dtype != np.float32 or x.ndim != 2:
         found = f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__

@@ -33,22 +33,22 @@ TILE_ROWS = 16
 TILE_TOKENS = 8 if TARGET.registers * TARGET.register_bytes >= 2048 else 4
 
 
-def _tile(vector: Vector) -> types.UniTuple:
+def tile_of(vector: Vector) -> types.UniTuple:
     return types.UniTuple(vector, TILE_TOKENS)
 
 
-def _pack(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
+def pack_tile(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
     packed = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
     for i, value in enumerate(values):
         packed = builder.insert_value(packed, value, i)
     return packed
 
 
-def _unpack(builder: ir.IRBuilder, packed: ir.Value) -> list[ir.Value]:
+def unpack_tile(builder: ir.IRBuilder, packed: ir.Value) -> list[ir.Value]:
     return [builder.extract_value(packed, i) for i in range(TILE_TOKENS)]
 
 
-def _numbers(builder: ir.IRBuilder, x: ir.Value, offset: ir.Value, step: int, element: ir.Type) -> list[ir.Value]:
+def numbers_at(builder: ir.IRBuilder, x: ir.Value, offset: ir.Value, step: int, element: ir.Type) -> list[ir.Value]:
     """The 4 bytes of each token at an offset of their records, plus steps of 4; each in 16 lanes."""
     start = builder.add(x, builder.mul(offset, ir.Constant(offset.type, TILE_TOKENS)))
     places = [4 * (step * TILE_TOKENS + t) for t in range(TILE_TOKENS)]
@@ -58,7 +58,7 @@ def _numbers(builder: ir.IRBuilder, x: ir.Value, offset: ir.Value, step: int, el
 @intrinsic
 def tile_zero(typingctx: Any, kind: Any) -> Any:
     """A tile of zeros, of i32x16 or f32x16."""
-    tile = _tile(kind.instance_type)
+    tile = tile_of(kind.instance_type)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return ir.Constant(context.get_value_type(tile), None)
@@ -67,12 +67,12 @@ def tile_zero(typingctx: Any, kind: Any) -> Any:
 
 
 def _tile_dot(builder: Any, fmt: Any, total: Any, codes: Any, x: Any, offset: Any, scale: Any) -> Any:
-    groups = [GroupDot(builder, fmt, acc, scale) for acc in _unpack(builder, total)]
+    groups = [GroupDot(builder, fmt, acc, scale) for acc in unpack_tile(builder, total)]
     for step in range(fmt.group // 4):  # a register of codes meets all tokens before the next is loaded
         w = load_at(builder, codes, ir.VectorType(BYTE, 64), 64 * step)
-        for group, quad in zip(groups, _numbers(builder, x, offset, step, I32), strict=True):
+        for group, quad in zip(groups, numbers_at(builder, x, offset, step, I32), strict=True):
             group.add(w, builder.bitcast(quad, w.type))
-    return _pack(builder, [group.result() for group in groups])
+    return pack_tile(builder, [group.result() for group in groups])
 
 
 @intrinsic
@@ -80,10 +80,10 @@ def tile_dot(typingctx: Any, fmt: Any, codes: Any, x: Any, offset: Any) -> Any:
     """One group of columns: codes at an address [group/4][16 rows][4], int8 at the offset -> i32 tile."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        zero = ir.Constant(context.get_value_type(_tile(i32x16)), None)
+        zero = ir.Constant(context.get_value_type(tile_of(i32x16)), None)
         return _tile_dot(builder, fmt, zero, args[1], args[2], args[3], None)
 
-    return _tile(i32x16)(fmt, types.int64, types.int64, types.int64), codegen
+    return tile_of(i32x16)(fmt, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -103,10 +103,10 @@ def tile_add_pairs(typingctx: Any, total: Any, pairs: Any, x: Any, offset: Any) 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, pairs, x, offset = args
         sums = []
-        for acc, both in zip(_unpack(builder, total), _numbers(builder, x, offset, 0, I32), strict=True):
+        for acc, both in zip(unpack_tile(builder, total), numbers_at(builder, x, offset, 0, I32), strict=True):
             product = pair_sums_32(builder, pairs, builder.bitcast(both, llvm_type(i16x32)))
             sums.append(builder.add(acc, product))
-        return _pack(builder, sums)
+        return pack_tile(builder, sums)
 
     return total(total, i16x32, types.int64, types.int64), codegen
 
@@ -121,8 +121,8 @@ def tile_add_product(typingctx: Any, total: Any, factor: Any, x: Any, offset: An
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, factor, x, offset = args
-        pairs = zip(_unpack(builder, total), _numbers(builder, x, offset, 0, ir.FloatType()), strict=True)
-        return _pack(builder, [_fmuladd(builder, factor, number, acc) for acc, number in pairs])
+        pairs = zip(unpack_tile(builder, total), numbers_at(builder, x, offset, 0, ir.FloatType()), strict=True)
+        return pack_tile(builder, [_fmuladd(builder, factor, number, acc) for acc, number in pairs])
 
     return total(total, f32x16, types.int64, types.int64), codegen
 
@@ -134,11 +134,13 @@ def tile_add_scaled(typingctx: Any, total: Any, sums: Any, factor: Any, x: Any, 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, integers, factor, x, offset = args
         results = []
-        numbers = _numbers(builder, x, offset, 0, ir.FloatType())
-        for acc, integer, number in zip(_unpack(builder, total), _unpack(builder, integers), numbers, strict=True):
+        numbers = numbers_at(builder, x, offset, 0, ir.FloatType())
+        for acc, integer, number in zip(
+            unpack_tile(builder, total), unpack_tile(builder, integers), numbers, strict=True
+        ):
             scale = builder.fmul(factor, number)
             results.append(_fmuladd(builder, builder.sitofp(integer, factor.type), scale, acc))
-        return _pack(builder, results)
+        return pack_tile(builder, results)
 
     return total(total, sums, f32x16, types.int64, types.int64), codegen
 
@@ -148,7 +150,7 @@ def tile_store(typingctx: Any, address: Any, tile: Any) -> Any:
     """Write a tile as [TILE_TOKENS][16]."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        for t, value in enumerate(_unpack(builder, args[1])):
+        for t, value in enumerate(unpack_tile(builder, args[1])):
             store_at(builder, args[0], value, 64 * t)
         return context.get_dummy_value()
 
