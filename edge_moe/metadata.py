@@ -236,3 +236,4 @@ _READERS: dict[str, Callable[["_Keys", dict[str, Any]], ModelConfig]] = {
     "deepseek2": _read_deepseek2,
     "llama": _read_llama,
 }
+ARCHITECTURES = tuple(_READERS)

@@ -2,6 +2,7 @@
 
 import gguf
 import llama_cpp
+import numpy as np
 import pytest
 from edge_moe_quant.recipe import RECIPES, ModelFacts, choose_formats, parse_recipe, recipe_text
 from gguf_files import write_tiny_deepseek2
@@ -18,9 +19,51 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+LLAMAS = {  # heads of queries, heads of keys, layers, experts
+    "llama": (4, 4, 9, 0),
+    "grouped": (8, 2, 9, 0),
+    "mixtral": (4, 1, 9, 8),
+    "70b": (8, 1, 80, 0),
+}
+
+
+def write_llama(path, n_heads, n_kv_heads, n_layers, n_experts, width=256):
+    """A file with the shapes of a Llama; it is quantized, never run."""
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_block_count(n_layers)
+    w.add_context_length(64)
+    w.add_embedding_length(256)
+    w.add_feed_forward_length(width)
+    w.add_head_count(n_heads)
+    w.add_head_count_kv(n_kv_heads)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(32)
+    if n_experts:
+        w.add_expert_count(n_experts)
+        w.add_expert_used_count(2)
+    stack, suffix = ((n_experts,), "_exps") if n_experts else ((), "")
+    kv_width = 256 // n_heads * n_kv_heads
+    shapes = {"attn_q": (256, 256), "attn_k": (kv_width, 256), "attn_v": (kv_width, 256), "attn_output": (256, 256)}
+    shapes |= {f"ffn_{part}{suffix}": (*stack, width, 256) for part in ("gate", "up")}
+    shapes |= {f"ffn_down{suffix}": (*stack, 256, width), "attn_norm": (256,), "ffn_norm": (256,)}
+    if n_experts:
+        shapes["ffn_gate_inp"] = (n_experts, 256)
+    tensors = {"token_embd": (32, 256), "output": (32, 256), "output_norm": (256,)}
+    tensors |= {f"blk.{i}.{name}": shape for i in range(n_layers) for name, shape in shapes.items()}
+    for name, shape in tensors.items():
+        w.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *LLAMAS])
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipes") / "model.gguf"
+    if request.param in LLAMAS:
+        write_llama(path, *LLAMAS[request.param])
+        return path
     q_lora = {"q_lora_rank": 0} | MODELS[request.param]
     write_tiny_deepseek2(path, hidden_size=256, num_hidden_layers=9, weight_type="F32", **q_lora)
     return path

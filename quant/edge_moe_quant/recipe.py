@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from edge_moe.errors import OptionError, UnsupportedError
 from edge_moe.formats import FORMATS, BlockFormat
+from edge_moe.metadata import ARCHITECTURES
 
 FORMATS_BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 
@@ -38,22 +39,26 @@ class ModelFacts:
     n_layers: int
     n_experts: int
     heads_per_kv_head: int
+    values_are_few: bool = False  # so much fewer than queries that they get more bits
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> "ModelFacts":
         """Of a GGUF file's metadata. Raises UnsupportedError for other architectures."""
-        if metadata.get("general.architecture") != "deepseek2":
+        architecture = metadata.get("general.architecture")
+        if architecture not in ARCHITECTURES:
             raise UnsupportedError(
-                f"architecture {metadata.get('general.architecture')!r}, expected 'deepseek2': only models that "
+                f"architecture {architecture!r}, expected one of {', '.join(ARCHITECTURES)}: only models that "
                 "edge_moe runs can be quantized"
             )
 
         def number(key: str, default: int) -> int:
-            value = metadata.get(f"deepseek2.{key}", default)
+            value = metadata.get(f"{architecture}.{key}", default)
             return value if isinstance(value, int) else default
 
         heads, kv_heads = number("attention.head_count", 1), number("attention.head_count_kv", 0)
-        return cls(number("block_count", 1), number("expert_count", 0), heads // kv_heads if kv_heads else 1)
+        n_layers, sharing = number("block_count", 1), heads // kv_heads if kv_heads else 1
+        large = architecture == "llama" and n_layers == 80 and sharing > 1  # Llama 2 and 3 of 70 B
+        return cls(n_layers, number("expert_count", 0), sharing, large)
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,12 @@ def choose_formats(
     """
     if recipe is not None and recipe not in RECIPES:
         raise OptionError(f"type {recipe!r} is not one of {', '.join(RECIPES)}")
-    n_kv_b = sum("attn_kv_b.weight" in name for name in shapes)
+    n_values = sum(_holds_values(name) for name in shapes)
     used: set[int] = set()
     chosen = {}
-    i_kv_b = 0
+    i_values = 0
     for name in _in_layers(shapes):
         shape = shapes[name]
-        is_kv_b = "attn_kv_b.weight" in name
         fitting = [i for i, rule in enumerate(rules) if fits(rule.pattern, name, shapes)]
         used.update(fitting)
         if not is_quantizable(name, shape):
@@ -121,12 +125,12 @@ def choose_formats(
         elif recipe is not None:
             tied = name == "token_embd.weight" and "output.weight" not in shapes
             wanted = _by_recipe(
-                name, shape, recipe, facts, has_importance, is_output=tied or name == "output.weight", i_kv_b=i_kv_b,
-                n_kv_b=n_kv_b,
+                name, shape, recipe, facts, has_importance, is_output=tied or name == "output.weight",
+                i_values=i_values, n_values=n_values,
             )  # fmt: skip
         else:
             raise OptionError(f"the recipe has no line for tensor {name}; add one, or name a --type for the rest")
-        i_kv_b += is_kv_b
+        i_values += _holds_values(name)
         chosen[name] = fitting_format(wanted, shape[-1])
     for i, rule in enumerate(rules):
         if i not in used:
@@ -178,8 +182,8 @@ def _by_recipe(
     has_importance: bool,
     *,
     is_output: bool,
-    i_kv_b: int,
-    n_kv_b: int,
+    i_values: int,
+    n_values: int,
 ) -> str:
     """The name of the format that llama.cpp chooses for one matrix, before its row length is looked at."""
     base = RECIPES[recipe][0]
@@ -190,8 +194,11 @@ def _by_recipe(
     n = facts.n_layers
     found = _LAYER.match(name)
     layer = int(found[1]) if found else 0
-    if "attn_kv_b.weight" in name:
-        return _for_kv_b(recipe, base, facts, i_kv_b, n_kv_b)
+    if _holds_values(name):
+        fmt = _for_values(recipe, base, facts, i_values, n_values)
+        return "Q5_K" if facts.values_are_few and fmt in ("Q3_K", "Q4_K") else fmt
+    if "attn_k.weight" in name and facts.n_experts == 8:
+        return "Q8_0"
     if "ffn_down" in name:
         if recipe in ("Q4_K_M", "Q5_K_M"):
             return "Q6_K" if _more_bits(layer, n) else base
@@ -216,8 +223,12 @@ def _more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def _for_kv_b(recipe: str, base: str, facts: ModelFacts, i: int, n: int) -> str:
-    """Keys and values in one matrix, in older files."""
+def _holds_values(name: str) -> bool:
+    """Whether a tensor makes values, alone or, in older files of latent attention, together with keys."""
+    return "attn_v.weight" in name or "attn_kv_b.weight" in name
+
+
+def _for_values(recipe: str, base: str, facts: ModelFacts, i: int, n: int) -> str:
     many = facts.heads_per_kv_head >= 4
     if facts.n_experts == 8:
         return "Q8_0"
