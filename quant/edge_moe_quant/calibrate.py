@@ -276,10 +276,10 @@ class _Job:
                 data = weight.data.reshape(len(whole), n_rows, -1)[k]
                 step = max(1, _VALUES_AT_ONCE // n_cols)
                 for row in range(0, n_rows, step):
-                    values = weight.format.decode(data[row : row + step])
-                    whole[k, row : row + step] = encode_values(values, self._format(weight))
-                forget_pages(data)
-                forget_pages(whole[k])
+                    rows, encoded_rows = data[row : row + step], whole[k, row : row + step]
+                    encoded_rows[:] = encode_values(weight.format.decode(rows), self._format(weight))
+                    forget_pages(rows)
+                    forget_pages(encoded_rows)
 
         if missing:
             # at most as many matrices at once as have room for what is made of their moments
