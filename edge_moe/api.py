@@ -14,8 +14,10 @@ from edge_moe.backends.cpu import CpuBackend
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
 from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import OptionError
+from edge_moe.expert_store import ExpertStore
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
+from edge_moe.memory_plan import MemoryPlan, expert_layers, hold_in_memory, plan_memory
 from edge_moe.models.architectures import load_pass
 from edge_moe.onnx_folder import OnnxFolder, OnnxPass
 from edge_moe.sampling import Sampler, SamplingOptions
@@ -35,6 +37,7 @@ class Model:
         threads: int,
         context_length: int | None = None,
         kv: str = KV_KINDS[0],
+        ram_bytes: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -48,10 +51,20 @@ class Model:
             raise OptionError(f"--kv {kv}: {checkpoint.path} is an ONNX model, which keeps its cache its own way")
         self._last_session: Session | None = None
         self._pass: LanguageModel
+        self.memory_plan: MemoryPlan | None = None  # None: all of the file fits
+        self.expert_store: ExpertStore | None = None
         if isinstance(checkpoint, OnnxFolder):
+            if ram_bytes is not None:
+                raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)
         else:
-            self._pass = load_pass(checkpoint, CpuBackend(threads))
+            layers = expert_layers(checkpoint)
+            self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
+            if self.memory_plan is not None:
+                slots_bytes = self.memory_plan.slots_bytes
+                self.expert_store = ExpertStore(layers, slots_bytes, self.config.num_experts_per_tok)
+                checkpoint = hold_in_memory(checkpoint)
+            self._pass = load_pass(checkpoint, CpuBackend(threads, self.expert_store))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -158,15 +171,20 @@ def load(
     threads: int | None = None,
     context_length: int | None = None,
     kv: str = KV_KINDS[0],
+    ram_bytes: int | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
     `kv` is how latent caches keep their numbers: "bf16", "int8" (little more than half of that), "int4" (little more
     than a third) or "f32" (exact).
 
+    `ram_bytes` is the memory that the whole process may take; by default what the machine has free, less a tenth.
+    Where the model does not fit, all but its experts is read into memory, and experts when they are used:
+    `memory_plan` says how much of what, `expert_store.stats` what was read.
+
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
-    Raises OptionError, FormatError, UnsupportedError.
+    Raises OptionError, FormatError, UnsupportedError, ReadError.
     """
     if threads is None:
         threads = default_threads()
@@ -175,4 +193,4 @@ def load(
     if not isinstance(path, Checkpoint | OnnxFolder):
         path = embedded_model_path() if path is None else Path(path)
         path = OnnxFolder(path) if path.is_dir() else open_checkpoint(path)
-    return Model(path, threads=threads, context_length=context_length, kv=kv)
+    return Model(path, threads=threads, context_length=context_length, kv=kv, ram_bytes=ram_bytes)

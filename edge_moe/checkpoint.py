@@ -1,6 +1,6 @@
 """Opens a model: its config, and its tensors as weights under the model's own names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,10 @@ class Checkpoint:
     A name is that of transformers without its leading "model.", e.g. "layers.3.self_attn.o_proj".
     """
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    def __init__(self, gguf: GGUFFile, load: Callable[[str, TensorEntry], TensorEntry] | None = None) -> None:
+        """`load` may give tensors by model name another place than the mapped file."""
         self._gguf = gguf
+        self._load = load
         self.path: Path = gguf.path
         self.metadata: Mapping[str, Any] = gguf.metadata
         self.size_bytes: int = gguf.size_bytes
@@ -72,7 +74,7 @@ class Checkpoint:
     def weight(self, name: str, *shape: int) -> Weight:
         """The matrix or stack of matrices `name`, which must have `shape`. Raises FormatError."""
         entry = self._entry(name, shape)
-        return Weight(name, entry.format, entry.shape, entry.data)
+        return Weight(name, entry.format, entry.shape, entry.data, path=entry.path, data_offset=entry.offset)
 
     def tensor_name(self, name: str) -> str:
         """What the file calls the tensor `name` of the model."""
@@ -101,7 +103,11 @@ class Checkpoint:
                 f"{self.path}: tensor {gguf_name} has shape {list(entry.shape)}, expected {list(shape)} "
                 "by the file's own metadata; download or convert it again"
             )
-        return entry
+        return self._load(name, entry) if self._load else entry
+
+    def loaded_by(self, load: Callable[[str, TensorEntry], TensorEntry]) -> "Checkpoint":
+        """The same model with its tensors where `load(name, entry)` puts them."""
+        return Checkpoint(self._gguf, load)
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:

@@ -19,3 +19,7 @@ class OptionError(EdgeMoeError):
 
 class ShapeError(EdgeMoeError):
     """Arrays or token ids passed to the Python interface do not fit the model."""
+
+
+class ReadError(EdgeMoeError):
+    """A model's file could not be read, or changed, while it was in use."""

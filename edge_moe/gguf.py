@@ -51,7 +51,7 @@ _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 class StringArray(Sequence[str]):
     """The strings of one metadata array, decoded when asked for; bytes that are not UTF-8 become U+FFFD."""
 
-    def __init__(self, buffer: mmap.mmap, starts: np.ndarray):
+    def __init__(self, buffer: bytes, starts: np.ndarray):
         """starts i64[n + 1]: where each string's u64 length is in the buffer, and the end of the last string."""
         self._buffer = buffer
         self._starts = starts
@@ -96,6 +96,7 @@ class TensorEntry:
     shape: tuple[int, ...]  # slowest axis first, as in numpy; the last is the row length
     data: np.ndarray  # u8[n_bytes], a read-only view of the mapped file
     path: Path
+    offset: int = 0  # where in the file it begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +344,8 @@ def _read_array(header: _Header, what: str) -> np.ndarray | StringArray:
         end = len(buffer) + 8  # beyond the file: refused below
     starts.append(end)
     header.take(end - header.offset, f"string {len(starts) - 2} of {what}")
-    return StringArray(buffer, np.array(starts, dtype=np.int64))
+    # A copy: a file that another program cuts while it is mapped must not end this one.
+    return StringArray(bytes(buffer[starts[0] : starts[-1]]), np.array(starts, dtype=np.int64) - starts[0])
 
 
 def _alignment(metadata: dict[str, Any], path: Path) -> int:
@@ -419,7 +421,8 @@ def _tensor_table(
                 f"{_shown(path)}: tensor {_shown(row.name)} {problem}; the file is damaged or incomplete, "
                 "download it again"
             )
-        tensors[row.name] = TensorEntry(row.name, row.format, row.shape, file_bytes[start : start + row.n_bytes], path)
+        data = file_bytes[start : start + row.n_bytes]
+        tensors[row.name] = TensorEntry(row.name, row.format, row.shape, data, path, start)
     in_order = sorted(rows, key=lambda row: row.offset)
     for one, following in itertools.pairwise(in_order):
         if one.offset + one.n_bytes > following.offset:

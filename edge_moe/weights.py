@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class Weight:
     data: np.ndarray
     first_byte: int = 0
     stride_bytes: int = 0
+    path: Path = Path()
+    data_offset: int = 0  # where in the file `data` begins
 
     @cached_property
     def row_bytes(self) -> int:
@@ -41,6 +44,11 @@ class Weight:
     def addresses(self) -> np.ndarray:
         """Address of each matrix of a stack, i64[n]."""
         return self.address + np.arange(self.shape[0], dtype=np.int64) * (self.stride_bytes or self.matrix_bytes)
+
+    @property
+    def file_offsets(self) -> np.ndarray:
+        """Where in the file each matrix of a stack begins, i64[n]."""
+        return self.addresses - int(self.data.ctypes.data) + self.data_offset
 
     @property
     def n_bytes(self) -> int:

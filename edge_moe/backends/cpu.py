@@ -7,11 +7,14 @@ before a kernel sees them, so that each kernel is compiled for one memory layout
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from edge_moe.backends.recorder import Program, Recorder
+from edge_moe.backends.streaming import stream_experts
+from edge_moe.expert_store import ExpertStore
 from edge_moe.kernels import elementwise, products, routing
 from edge_moe.kernels.attention_expanded import ExpandedAttention
 from edge_moe.kv_cache import KvCache
@@ -29,8 +32,10 @@ _EXPANDED_TOKENS = 512  # of the context at a time
 class CpuBackend:
     """Operations with `threads` threads; results do not depend on their number."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, store: ExpertStore | None = None) -> None:
+        """With a store, experts come from there and not from where their weights lie."""
         self.threads = threads
+        self.store = store
         self._programs: WeakKeyDictionary[TokenCache, Program] = WeakKeyDictionary()
 
     def run(
@@ -41,11 +46,22 @@ class CpuBackend:
         Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
         """
         elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
+        if self.store is None:
+            return self._run(compute, token_ids, cache, all_logits)
+        started = perf_counter()
+        self.store.begin(len(token_ids))
+        logits = self._run(compute, token_ids, cache, all_logits)
+        self.store.finish(perf_counter() - started)
+        return logits
+
+    def _run(
+        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: TokenCache, all_logits: bool
+    ) -> np.ndarray:
         if len(token_ids) > 1:
             return compute(self, token_ids, cache, all_logits)
         program = self._programs.get(cache)
         if program is None:
-            program = self._programs[cache] = Program(compute, cache)
+            program = self._programs[cache] = Program(compute, cache, self.store)
         return program.run(int(token_ids[0]), cache.length, self.threads)
 
     def rotations(
@@ -171,6 +187,21 @@ class CpuBackend:
             logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, np.float32(scale)
         )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `prefetch` is worth its predictions: where experts may have to be read."""
+        return self.store is not None
+
+    def request(self, ids: np.ndarray, down: Weight) -> None:
+        """The experts i64[T,K] of the layer of `down` will be wanted soon: those not in memory begin to come."""
+        if self.store is not None:
+            self.store.request(self.store.layer_of(down), ids)
+
+    def prefetch(self, ids: np.ndarray, down: Weight) -> None:
+        """The same of a layer to come, whose experts are guessed: when nothing else is read."""
+        if self.store is not None:
+            self.store.prefetch(self.store.layer_of(down), ids)
+
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         """down(silu(gate x) * (up x)). x f32[T,D] -> f32[T,D]."""
         gated = elementwise.silu_multiply(*self.linear(x, gate, up))
@@ -183,6 +214,8 @@ class CpuBackend:
 
         gate and up [E,F,D], down [E,D,F]; only the chosen experts' bytes are read.
         """
+        if self.store is not None:
+            return stream_experts(self.store, x, ids, weights, gate, up, down)
         grouping = routing.group_by_expert(ids, down.shape[0])
         return elementwise.weighted_sum(self.by_expert(x, grouping, gate, up, down), grouping[3], weights)
 

@@ -6,9 +6,13 @@ addresses of the chosen experts.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
+from edge_moe.backends.streaming import stream_experts
+from edge_moe.expert_store import ExpertStore
 from edge_moe.kernels import product_units as units
 from edge_moe.kernels import steps
 from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
@@ -41,28 +45,38 @@ def _bits(value: float) -> int:
 class Program:
     """A recorded pass: `run(token_id, position)` gives the logits f32[1,vocab] of one token."""
 
-    def __init__(self, compute: Compute, cache: TokenCache) -> None:
-        recorder = Recorder()
+    def __init__(self, compute: Compute, cache: TokenCache, store: ExpertStore | None = None) -> None:
+        recorder = Recorder(store)
         self._token_ids = np.zeros(1, np.int64)
         self._logits = compute(recorder, self._token_ids, cache, False)
         self._rotate = recorder.rotate
         self._keep = recorder.keep  # buffers and plans that the steps know by address
-        self._steps = np.array(recorder.steps, np.int64).reshape(-1, STEP_FIELDS)
+        self._parts: list[np.ndarray | list[Any]] = [
+            list(part) if are_calls else np.array(list(part), np.int64).reshape(-1, STEP_FIELDS)
+            for are_calls, part in groupby(recorder.steps, callable)
+        ]
 
     def run(self, token_id: int, position: int, threads: int) -> np.ndarray:
         """The token at `position`, the cache holding all before it -> a new f32[1,vocab]."""
         self._token_ids[0] = token_id
         for rotate in self._rotate:
             rotate(position)
-        run_program(self._steps, sleep_function(), threads)
+        for part in self._parts:
+            if isinstance(part, np.ndarray):
+                run_program(part, sleep_function(), threads)
+            else:
+                for call in part:
+                    call()
         return self._logits.copy()
 
 
 class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, ...]] = []
+    def __init__(self, store: ExpertStore | None = None) -> None:
+        """With a store, what it does for a token are calls of Python between the steps."""
+        self.steps: list[tuple[int, ...] | Callable[[], object]] = []
+        self._store = store
         self.keep: list[object] = []
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
@@ -210,6 +224,23 @@ class Recorder:
         self._step(steps.route_step, plan)
         return ids, weights
 
+    @property
+    def looks_ahead(self) -> bool:
+        """As of CpuBackend."""
+        return self._store is not None
+
+    def request(self, ids: np.ndarray, down: Weight) -> None:
+        """As of CpuBackend, ids i64[1,K]."""
+        if (store := self._store) is not None:
+            layer = store.layer_of(down)
+            self.steps.append(lambda: store.request(layer, ids))
+
+    def prefetch(self, ids: np.ndarray, down: Weight) -> None:
+        """As of CpuBackend, ids i64[1,K]."""
+        if (store := self._store) is not None:
+            layer = store.layer_of(down)
+            self.steps.append(lambda: store.prefetch(layer, ids))
+
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         """down(silu(gate x) * (up x)). x f32[1,D] -> f32[1,D]."""
         return self.linear(self._silu_multiply(*self.linear(x, gate, up)), down)[0]
@@ -218,6 +249,14 @@ class Recorder:
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
     ) -> np.ndarray:
         """The chosen experts' gated MLPs, weighted and summed. x f32[1,D], ids i64[1,K], weights f32[1,K] -> as x."""
+        if (store := self._store) is not None:
+            result = self._empty(1, down.shape[1])
+
+            def stream() -> None:
+                result[:] = stream_experts(store, x, ids, weights, gate, up, down)
+
+            self.steps.append(stream)
+            return result
         top_k = ids.size
         gate_out, up_out = self._empty(top_k, gate.shape[1]), self._empty(top_k, up.shape[1])
         records = {g: self._quantize(x, g) for g in {gate.format.activation_group, up.format.activation_group}}

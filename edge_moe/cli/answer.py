@@ -4,9 +4,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from edge_moe.cli.report import Display, format_duration, format_speed, is_terminal, peak_rss_bytes
+from edge_moe.cli.report import Display, format_bytes, format_duration, format_speed, is_terminal, peak_rss_bytes
 
 if TYPE_CHECKING:
+    from edge_moe.expert_store import ExpertStore
     from edge_moe.generate import GenerationStats
 
 # control characters that a model makes up must not command the terminal; pipes and files get them unchanged
@@ -20,6 +21,7 @@ def stream(pieces: Iterator[str], display: Display, *, echo: bool) -> tuple[str,
     on_terminal = is_terminal(sys.stdout)
     try:
         for piece in _after_compilation(pieces, display):
+            display.check_interrupt()
             display.clear()
             display.streaming = True
             texts.append(piece)
@@ -28,6 +30,7 @@ def stream(pieces: Iterator[str], display: Display, *, echo: bool) -> tuple[str,
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
+        display.forget_interrupt()
         display.clear()
     finally:
         display.streaming = False
@@ -48,7 +51,7 @@ def _after_compilation(pieces: Iterator[str], display: Display) -> Iterator[str]
     yield from pieces
 
 
-def report(text: str, stats: "GenerationStats") -> dict[str, object]:
+def report(text: str, stats: "GenerationStats", store: "ExpertStore | None" = None) -> dict[str, object]:
     """The document that `run --json` prints."""
     return {
         "text": text,
@@ -58,10 +61,11 @@ def report(text: str, stats: "GenerationStats") -> dict[str, object]:
         "prefill_tok_per_s": stats.prefill_tok_per_s,
         "decode_tok_per_s": stats.decode_tok_per_s,
         "peak_rss_bytes": peak_rss_bytes(),
+        **(store.stats.report() if store is not None else {}),
     }
 
 
-def stats_line(stats: "GenerationStats") -> str:
+def stats_line(stats: "GenerationStats", store: "ExpertStore | None" = None) -> str:
     """The statistics of one answer in one line."""
     if not stats.completion_tokens:
         return f"stopped before the first token · peak {peak_rss_bytes() / 1e6:.0f} MB"
@@ -71,5 +75,18 @@ def stats_line(stats: "GenerationStats") -> str:
             f"first token {format_duration(stats.first_token_s)}",
             f"generated {stats.completion_tokens} tokens, {format_speed(stats.decode_tok_per_s)}",
             f"peak {peak_rss_bytes() / 1e6:.0f} MB",
+            *([experts_line(store)] if store is not None else []),
         ]
     )
+
+
+def experts_line(store: "ExpertStore") -> str:
+    """What a store of experts did, in a few words."""
+    figures = store.stats.report()
+    hit_rate, n_bytes = figures["expert_hit_rate"], figures["bytes_read_per_token"]
+    words = [f"waited {format_duration(store.stats.wait_s)} for the disk"]
+    if hit_rate is not None and n_bytes is not None:
+        words = [f"{100 * hit_rate:.0f} % of experts in memory", f"{format_bytes(n_bytes)} read a token", *words]
+    if (accuracy := figures["prediction_accuracy"]) is not None:
+        words.append(f"{100 * accuracy:.0f} % predicted")
+    return " · ".join(words)

@@ -3,15 +3,18 @@
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edge_moe.cli.answer import experts_line
 from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     MAX_TOKENS,
     Parser,
     add_kv_option,
+    add_ram_option,
     add_threads_option,
     check_model_path,
     number_list,
@@ -50,6 +53,8 @@ class Test:
     n_tokens: int
     seconds: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
+    experts: dict[str, float | None] = field(default_factory=dict)  # what a bounded store did, and its plain words
+    experts_line: str = ""
 
     @property
     def runs(self) -> list[float]:
@@ -65,7 +70,7 @@ class Test:
         }
         if self.first_token_s:
             entry["first_token_s"] = statistics.median(self.first_token_s)
-        return entry
+        return entry | self.experts
 
 
 def parser(prog: str) -> Parser:
@@ -99,6 +104,7 @@ def parser(prog: str) -> Parser:
     )
     add("-r", "--repetitions", metavar="N", type=whole_number(1, 1000), default=3, help="runs of each test (default 3)")
     add_kv_option(parser)
+    add_ram_option(parser)
     add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON list")
     return parser
@@ -111,7 +117,9 @@ def execute(args: argparse.Namespace) -> int:
         raise OptionError("nothing to measure: -p and -n are both 0")
     with Display() as display:
         started = time.perf_counter()
-        model = load_model(path, display, threads=args.threads, kv=args.kv)
+        # with a budget the cache's share of it is that of the longest test
+        context = max(args.n_depth) + max(args.n_prompt, args.n_gen) if args.ram else None
+        model = load_model(path, display, threads=args.threads, context_length=context, kv=args.kv, ram_bytes=args.ram)
         load_s = time.perf_counter() - started
         tests = measure(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions, display)
     if args.json:
@@ -129,6 +137,9 @@ def execute(args: argparse.Namespace) -> int:
         ]
         title = f"{path.name}, {model.threads} threads, loaded in {format_duration(load_s)}"
         print_table(title, ["test", "tok/s (median)", "min", "max", "first token"], rows)
+        for test in tests:
+            if test.experts_line:
+                sys.stdout.write(f"{test.name}: {test.experts_line}\n")
     return 0
 
 
@@ -139,6 +150,8 @@ def measure(
 
     Raises OptionError when depth and test together exceed the model's context.
     """
+    from edge_moe.expert_store import StoreStats
+
     longest = max(depths) + max(n_prompt, n_gen)
     limit = model.config.max_position_embeddings
     if longest > limit:
@@ -160,6 +173,10 @@ def measure(
                 # the first run is not counted: it compiles kernels and reads the weights from the disk
                 run(model, ids[depth : depth + n_tokens], cache, test if repetition else Test(kind, n_tokens))
                 cache.truncate(depth)
+                if not repetition and model.expert_store is not None:
+                    model.expert_store.stats = StoreStats()
+            if model.expert_store is not None:
+                test.experts, test.experts_line = model.expert_store.stats.report(), experts_line(model.expert_store)
             tests.append(test)
     return tests
 

@@ -65,7 +65,9 @@ def execute(args: argparse.Namespace) -> int:
     path = check_model_path(args.model) if args.model is not None else None
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv)
+        model = load_model(
+            path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv, ram_bytes=args.ram
+        )
         conversation = Conversation(model, args.system)
         print_dim(f"{model.config.name}: {_COMMANDS}")
         if not model.tokenizer.chat_template:
@@ -97,7 +99,7 @@ def execute(args: argparse.Namespace) -> int:
                     continue
                 conversation.hear(text)
                 if not args.no_stats:
-                    print_dim(stats_line(model.last_stats))
+                    print_dim(stats_line(model.last_stats, model.expert_store))
     return 0
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_moe.cli.report import Display
+from edge_moe.cli.report import Display, print_dim
 from edge_moe.config import KV_KINDS
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ def load_model(
     threads: int | None,
     context_length: int | None = None,
     kv: str = KV_KINDS[0],
+    ram_bytes: int | None = None,
 ) -> "Model":
     """Load a model (None: the embedded one).
 
@@ -31,4 +32,8 @@ def load_model(
     from edge_moe.api import load
 
     display.watch_compilation()
-    return load(checkpoint, threads=threads, context_length=context_length, kv=kv)
+    model = load(checkpoint, threads=threads, context_length=context_length, kv=kv, ram_bytes=ram_bytes)
+    display.check_interrupt()
+    if model.memory_plan is not None:
+        print_dim(model.memory_plan.line())
+    return model

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -75,6 +76,14 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Callab
     return parse
 
 
+def byte_size(text: str) -> int:
+    """Bytes of a size like 9G, by powers of 1024 as llama.cpp's."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size like 9G or 700M, found {text!r}")
+    return int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
+
+
 def number_list(low: int, high: int) -> Callable[[str], list[int]]:
     """An argparse type for integers separated by commas."""
     parse_one = whole_number(low, high, what="whole numbers separated by commas, each")
@@ -88,6 +97,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, context: str) -> None:
         "-c", "--ctx-size", metavar="N", type=whole_number(1, MAX_TOKENS), help=f"tokens of context ({context})"
     )
     add_kv_option(group)
+    add_ram_option(group)
     add_threads_option(group)
 
 
@@ -99,6 +109,17 @@ def add_kv_option(parser: argparse._ActionsContainer) -> None:
         default=KV_KINDS[0],
         help="numbers of the latent cache (default bf16); int8 takes little more than half of that and is faster, "
         "int4 little more than a third, f32 is exact",
+    )
+
+
+def add_ram_option(parser: argparse._ActionsContainer) -> None:
+    """--ram, the memory that the whole process may take."""
+    parser.add_argument(
+        "--ram",
+        metavar="SIZE",
+        type=byte_size,
+        help="memory for all, as 4G or 800M: what does not fit of the experts is read when it is used "
+        "(default: what is free, less a tenth)",
     )
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_moe.cli.conversion import TYPES, convert_quantized, report_conversion, type_name
-from edge_moe.cli.options import Parser, add_threads_option, check_model_path, read_text, whole_number
+from edge_moe.cli.options import (
+    Parser,
+    add_threads_option,
+    byte_size,
+    check_model_path,
+    read_text,
+    whole_number,
+)
 from edge_moe.cli.report import Display, format_bytes, format_duration, one_line, print_dim, write_json
 from edge_moe.errors import OptionError
 
@@ -65,7 +72,7 @@ def parser(prog: str) -> Parser:
     budget.add_argument(
         "--bpw", metavar="N", type=_bits, help="of --type auto: bits for each weight, all tensors together"
     )
-    budget.add_argument("--size", metavar="SIZE", type=_size, help="of --type auto: the file's size, as 9G or 700M")
+    budget.add_argument("--size", metavar="SIZE", type=byte_size, help="of --type auto: the file's size, as 9G or 700M")
     add("--recipe", metavar="FILE", help="lines that say which tensors get which type; --type is for the rest")
     add(
         "--tensor-type",
@@ -107,14 +114,6 @@ def _bits(text: str) -> float:
     if not 1 <= value <= 32:
         raise argparse.ArgumentTypeError(f"expected bits from 1 to 32, found {text!r}")
     return value
-
-
-def _size(text: str) -> int:
-    """Bytes of a size like 9G, by powers of 1024 as llama.cpp's."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected a size like 9G or 700M, found {text!r}")
-    return int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
 
 
 def _type_name(text: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -152,6 +153,7 @@ class Display:
         self.n_compiled = 0
         self.streaming = False  # text is written to the terminal: the line would cut into it
         self._exits = contextlib.ExitStack()
+        self._interrupted = False
 
     def show(
         self, label: str, done: int, total: int | None, note: str = "", *, delay_s: float = PROGRESS_DELAY_S
@@ -179,7 +181,25 @@ class Display:
         self._bar = self._started = None
 
     def __enter__(self) -> "Display":
+        try:
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._exits.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
+        except ValueError:  # not in the main thread, which alone is interrupted
+            pass
         return self
+
+    def check_interrupt(self) -> None:
+        """Raise a KeyboardInterrupt that came while C code called back, from which none gets out."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def forget_interrupt(self) -> None:
+        """It was dealt with."""
+        self._interrupted = False
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()

@@ -57,7 +57,9 @@ def execute(args: argparse.Namespace) -> int:
     path, prompt = _model_and_prompt(args.model, args.prompt)
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv)
+        model = load_model(
+            path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv, ram_bytes=args.ram
+        )
         ids: str | list[int] = prompt
         stop = args.stop
         if args.chat:
@@ -75,9 +77,9 @@ def execute(args: argparse.Namespace) -> int:
         )
         text, interrupted = stream(pieces, display, echo=not args.json)
     if args.json:
-        write_json(report(text, model.last_stats))
+        write_json(report(text, model.last_stats, model.expert_store))
     elif not args.no_stats:
-        print_dim(stats_line(model.last_stats))
+        print_dim(stats_line(model.last_stats, model.expert_store))
     return INTERRUPTED if interrupted else 0
 
 

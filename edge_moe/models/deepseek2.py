@@ -177,7 +177,8 @@ class DeepseekV2:
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
             h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index))
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self.feed_forward(ops, layer.mlp, x))
+            following = self.weights.layers[index + 1 : index + 2]
+            h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
@@ -217,12 +218,30 @@ class DeepseekV2:
             values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
-    def feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
-        """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
-        c = self.config
+    def feed_forward(
+        self, ops: Operations, w: MLP | MoE, x: np.ndarray, h: np.ndarray | None = None, following: Layer | None = None
+    ) -> np.ndarray:
+        """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2.
+
+        Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
+        """
         if isinstance(w, MLP):
             return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
-        ids, gates = ops.route(
+        ids, gates = self.route(ops, w, x)
+        experts = w.experts
+        ops.request(ids, experts.down_proj)
+        if w.shared_experts is not None:  # while the others arrive
+            shared = ops.gated_mlp(x, w.shared_experts.gate_proj, w.shared_experts.up_proj, w.shared_experts.down_proj)
+        if ops.looks_ahead and h is not None and following is not None and isinstance(following.mlp, MoE):
+            next_x = ops.norm(h, following.post_attention_layernorm, self.config.rms_norm_eps)
+            ops.prefetch(self.route(ops, following.mlp, next_x)[0], following.mlp.experts.down_proj)
+        out = ops.experts(x, ids, gates, experts.gate_proj, experts.up_proj, experts.down_proj)
+        return out if w.shared_experts is None else ops.add(out, shared)
+
+    def route(self, ops: Operations, w: MoE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""
+        c = self.config
+        return ops.route(
             ops.linear(x, w.gate)[0],
             w.e_score_correction_bias,
             sigmoid=c.scoring_func == "sigmoid",
@@ -233,11 +252,6 @@ class DeepseekV2:
             norm=c.norm_topk_prob,
             scale=c.routed_scaling_factor,
         )
-        out = ops.experts(x, ids, gates, w.experts.gate_proj, w.experts.up_proj, w.experts.down_proj)
-        if w.shared_experts is not None:
-            shared = w.shared_experts
-            out = ops.add(out, ops.gated_mlp(x, shared.gate_proj, shared.up_proj, shared.down_proj))
-        return out
 
 
 def rope_frequencies(config: DeepseekV2Config) -> np.ndarray:

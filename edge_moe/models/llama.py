@@ -180,6 +180,7 @@ class Llama:
             norm=True,  # a softmax over all, brought to a sum of 1 for the chosen, is a softmax over these
             scale=1.0,
         )
+        ops.request(ids, w.experts.down_proj)
         return ops.experts(x, ids, gates, w.experts.gate_proj, w.experts.up_proj, w.experts.down_proj)
 
 
