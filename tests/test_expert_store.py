@@ -137,7 +137,7 @@ def test_an_error_at_each_read_in_turn_leaves_the_model_usable(monkeypatch, pred
                 n_failed += 1
         if place % 20 == 0:
             assert np.array_equal(bounded.logits(ids, 10), expected)
-    assert n_failed > 50 if predict else n_failed == 200  # the others hit a guess that nobody needed
+    assert n_failed > 20 if predict else n_failed == 200  # the others hit a guess that nobody needed
 
 
 def test_a_file_cut_while_in_use_ends_in_an_error(tmp_path):

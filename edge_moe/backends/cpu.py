@@ -46,13 +46,21 @@ class CpuBackend:
         Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
         """
         elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
-        if self.store is None:
-            return self._run(compute, token_ids, cache, all_logits)
-        started = perf_counter()
-        self.store.begin(len(token_ids))
-        logits = self._run(compute, token_ids, cache, all_logits)
-        self.store.finish(perf_counter() - started)
-        return logits
+        try:
+            if self.store is None:
+                return self._run(compute, token_ids, cache, all_logits)
+            started = perf_counter()
+            self.store.begin(len(token_ids))
+            logits = self._run(compute, token_ids, cache, all_logits)
+            self.store.finish(perf_counter() - started)
+            return logits
+        except SystemError as error:  # a Ctrl-C that came as a kernel returned, or returned to a kernel
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, KeyboardInterrupt):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
 
     def _run(
         self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: TokenCache, all_logits: bool

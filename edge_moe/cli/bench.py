@@ -163,15 +163,16 @@ def measure(
     tests: list[Test] = []
     for depth in depths:
         cache = model.new_cache(depth + max(n_prompt, n_gen))
-        ids = _random_ids(model, depth + max(n_prompt, n_gen))
         display.show("measuring", next(steps), n_steps, f"filling {depth} tokens")
-        _prefill(model, ids[:depth], cache)
+        _prefill(model, _random_ids(model, depth, seed=0), cache)
         for kind, n_tokens, run in kinds:
             test = Test(f"{kind}@d{depth}" if depth else kind, n_tokens)
             for repetition in range(repetitions + 1):
                 display.show("measuring", next(steps), n_steps, f"{test.name}, run {repetition or 'to warm up'}")
                 # the first run is not counted: it compiles kernels and reads the weights from the disk
-                run(model, ids[depth : depth + n_tokens], cache, test if repetition else Test(kind, n_tokens))
+                # other tokens each time: experts in memory because the same ones were run before would prove nothing
+                tested = _random_ids(model, n_tokens, seed=len(tests) * 1000 + repetition + 1)
+                run(model, tested, cache, test if repetition else Test(kind, n_tokens))
                 cache.truncate(depth)
                 if not repetition and model.expert_store is not None:
                     model.expert_store.stats = StoreStats()
@@ -208,8 +209,8 @@ def _time_generation(model: "Model", ids: "np.ndarray", cache: "Cache", test: Te
     test.seconds.append(time.perf_counter() - started)
 
 
-def _random_ids(model: "Model", n: int) -> "np.ndarray":
-    """Random tokens, so that the experts are chosen as varied as by text; always the same ones."""
+def _random_ids(model: "Model", n: int, *, seed: int) -> "np.ndarray":
+    """Random tokens, so that the experts are chosen as varied as by text; the same ones for a seed."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, n)
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, n)
