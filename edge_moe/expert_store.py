@@ -209,6 +209,11 @@ class ExpertStore:
                 self._needed.discard((layer, expert))
             self._collect()
 
+    def holds(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether all of a layer's `experts` are in memory."""
+        self._collect()
+        return all((layer, expert) in self._resident for expert in experts)
+
     def addresses(self, layer: int, experts: Sequence[int]) -> np.ndarray:
         """Where the slices of experts in memory begin, i64[slices, n]."""
         pool = self._pool_of[layer]

@@ -21,8 +21,8 @@ from edge_moe.slice_reader import READERS
 from edge_moe.weights import Weight
 
 # What Python, numba and the kernels take, measured on the small model; compiling, at a first use, takes more.
-PROCESS_BYTES = 256 << 20
-_SLACK = 0.02  # of the budget: what the allocator and the system keep beside what is asked for
+PROCESS_BYTES = 200 << 20
+_SLACK = 0.01  # of the budget: what the allocator and the system keep beside what is asked for
 _MARGIN = 0.1  # of free memory: left to others where no budget is given
 _PROBE_S = 0.25
 _CHUNK_BYTES = 8 << 20

@@ -31,7 +31,7 @@ ROOMS = [
     ["vocabulary"],
     ["encoders"],
     ["tokenizer"],
-    ["memory_plan"],
+    ["memory_plan", "routes"],
     ["api"],
     ["divergence", "plan"],
     ["evaluate"],

@@ -61,12 +61,14 @@ class Program:
         self._token_ids[0] = token_id
         for rotate in self._rotate:
             rotate(position)
+        is_done = False
         for part in self._parts:
             if isinstance(part, np.ndarray):
-                run_program(part, sleep_function(), threads)
+                if not is_done:
+                    run_program(part, sleep_function(), threads)
             else:
                 for call in part:
-                    call()
+                    is_done = bool(call())
         return self._logits.copy()
 
 
@@ -74,7 +76,10 @@ class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
     def __init__(self, store: ExpertStore | None = None) -> None:
-        """With a store, what it does for a token are calls of Python between the steps."""
+        """With a store, what it does for a token are calls of Python between the steps.
+
+        One that returns True has done what the steps up to the next call would do.
+        """
         self.steps: list[tuple[int, ...] | Callable[[], object]] = []
         self._store = store
         self.keep: list[object] = []
@@ -249,33 +254,54 @@ class Recorder:
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
     ) -> np.ndarray:
         """The chosen experts' gated MLPs, weighted and summed. x f32[1,D], ids i64[1,K], weights f32[1,K] -> as x."""
-        if (store := self._store) is not None:
-            result = self._empty(1, down.shape[1])
-
-            def stream() -> None:
-                result[:] = stream_experts(store, x, ids, weights, gate, up, down)
-
-            self.steps.append(stream)
-            return result
-        top_k = ids.size
+        top_k, total = ids.size, self._empty(1, down.shape[1])
+        tables = None if self._store is None else self._stream(self._store, x, ids, weights, (gate, up, down), total)
         gate_out, up_out = self._empty(top_k, gate.shape[1]), self._empty(top_k, up.shape[1])
         records = {g: self._quantize(x, g) for g in {gate.format.activation_group, up.format.activation_group}}
         together = [(gate, gate_out), (up, up_out)]
         for part in [together] if gate.format is up.format else [together[:1], together[1:]]:
             stacks = [weight for weight, _ in part]
             groups = [(weight.address, weight.shape[1], 0, row) for weight, rows in part for row in rows]
-            self._product(stacks[0], records[stacks[0].format.activation_group], groups, ids, stacks)
+            chosen = [(ids, w) if tables is None else (tables[int(w is up)], None) for w in stacks]
+            self._product(stacks[0], records[stacks[0].format.activation_group], groups, chosen)
         gated = self._silu_multiply(gate_out, up_out)
         out = self._empty(top_k, down.shape[1])
         groups = [(down.address, down.shape[1], k, out[k]) for k in range(top_k)]
-        self._product(down, self._quantize(gated, down.format.activation_group), groups, ids, [down])
-        total, positions = self._empty(1, down.shape[1]), np.arange(top_k)
+        chosen = [(ids, down) if tables is None else (tables[2], None)]
+        self._product(down, self._quantize(gated, down.format.activation_group), groups, chosen)
+        positions = np.arange(top_k)
         self.keep.append(positions)
         plan = [0, top_k, down.shape[1], _address(out), _address(positions), _address(weights), _address(total)]
         self._step(steps.weighted_sum_step, plan)
+        if tables is not None:
+            self.steps.append(lambda: False)  # what follows is for all tokens again
         return total
 
     # ---- parts of the above
+
+    def _stream(
+        self,
+        store: ExpertStore,
+        x: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        stacks: tuple[Weight, Weight, Weight],
+        out: np.ndarray,
+    ) -> np.ndarray:
+        """Run a token's experts as they arrive; if none has to, leave them to the steps: addresses i64[3,K]."""
+        layer, tables = store.layer_of(stacks[2]), np.zeros((3, ids.size), np.int64)
+
+        def stream() -> bool:
+            experts = ids[0].tolist()
+            if store.holds(layer, experts):
+                tables[:] = store.addresses(layer, experts)
+                return False
+            out[:] = stream_experts(store, x, ids, weights, *stacks)
+            return True
+
+        self.steps.append(stream)
+        self.keep.append(tables)
+        return tables
 
     def _attention(self, attention_steps: list[Step]) -> None:
         for step in attention_steps:
@@ -329,12 +355,12 @@ class Recorder:
         weight: Weight,
         records: np.ndarray,
         groups: list[tuple[int, int, int, np.ndarray]],
-        ids: np.ndarray | None = None,
-        stacks: list[Weight] | None = None,
+        chosen: Sequence[tuple[np.ndarray, Weight | None]] = (),
     ) -> None:
         """Matrices (address, n_rows, which record, out f32[n_rows]) in the format and width of `weight`.
 
-        With ids, each of the `stacks` in turn has a group for each id, whose address is put in when the steps run.
+        Each of the stacks `chosen` in turn has a group for each of its ids i64[K], whose address is put in when the
+        steps run; without a stack the ids are addresses.
         """
         n_cols, row_bytes = weight.shape[-1], weight.row_bytes
         unit_rows = max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)  # more than a panel has: no panel is wanted
@@ -344,17 +370,13 @@ class Recorder:
             operations += n_rows * n_cols
             # the kernel writes record m's results m * n_rows floats behind the address given
             plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, n_units, 0)
-        if ids is not None:
-            choices = []
-            for _ in stacks or ():
-                choices.append(self._step(steps.choose_step, [0] * 7))
+        choices = [self._step(steps.choose_step, [0] * 7) for _ in chosen]
         numbers = self._step(units.product_units, plan, TAGS[weight.format.name], operations if n_units > 1 else 0)
-        if ids is not None:
-            field = _address(numbers) + 8 * units.GROUPS
-            for i, (stack, choice) in enumerate(zip(stacks or (), choices, strict=True)):
-                place = field + 8 * units.GROUP_FIELDS * i * ids.size
-                stride = stack.stride_bytes or stack.matrix_bytes
-                choice[1:] = ids.size, _address(ids), stack.address, stride, place, 8 * units.GROUP_FIELDS
+        field = _address(numbers) + 8 * units.GROUPS
+        for (ids, stack), choice in zip(chosen, choices, strict=True):
+            first, stride = (stack.address, stack.stride_bytes or stack.matrix_bytes) if stack is not None else (0, 1)
+            choice[1:] = ids.size, _address(ids), first, stride, field, 8 * units.GROUP_FIELDS
+            field += 8 * units.GROUP_FIELDS * ids.size
 
     def _silu_multiply(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         out = self._empty(*gate.shape)

@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "show what a model file holds and the memory it needs",
     "bench": "measure prompt and generation speed",
     "eval": "measure perplexity, and the divergence from a reference model",
+    "experts": "show which experts a text uses, and how many a budget of memory would hold",
     "convert": "turn a Hugging Face checkpoint into a GGUF file, quantized if asked",
     "quantize": "make a GGUF file smaller: 2- to 8-bit blocks",
     "imatrix": "write which columns of a model's matrices matter, for quantizing",
