@@ -20,6 +20,7 @@ from edge_moe.kernels.elementwise import max_threads
 from edge_moe.memory_plan import MemoryPlan, expert_layers, hold_in_memory, plan_memory
 from edge_moe.models.architectures import load_pass
 from edge_moe.onnx_folder import OnnxFolder, OnnxPass
+from edge_moe.routes import shares
 from edge_moe.sampling import Sampler, SamplingOptions
 from edge_moe.token_cache import check_kind
 from edge_moe.tokenizer import Tokenizer
@@ -38,6 +39,8 @@ class Model:
         context_length: int | None = None,
         kv: str = KV_KINDS[0],
         ram_bytes: int | None = None,
+        route_slack: float = 0.0,
+        routes: np.ndarray | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -62,7 +65,10 @@ class Model:
             self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
             if self.memory_plan is not None:
                 slots_bytes = self.memory_plan.slots_bytes
-                self.expert_store = ExpertStore(layers, slots_bytes, self.config.num_experts_per_tok)
+                top_k = self.config.num_experts_per_tok
+                self.expert_store = ExpertStore(layers, slots_bytes, top_k, route_slack=route_slack)
+                if routes is not None:
+                    self.expert_store.seed(shares(routes, self.config.n_routed_experts))
                 checkpoint = hold_in_memory(checkpoint)
             self._pass = load_pass(checkpoint, CpuBackend(threads, self.expert_store))
 
@@ -70,6 +76,11 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The file's own tokenizer."""
         return Tokenizer.from_metadata(self.checkpoint.metadata, self.checkpoint.path)
+
+    @property
+    def runs_tokens_singly(self) -> bool:
+        """Whether a text must be run token by token to be run as it is generated: with a slack of the router."""
+        return self.expert_store is not None and self.expert_store.route_slack > 0
 
     @property
     def last_stats(self) -> GenerationStats:
@@ -172,6 +183,8 @@ def load(
     context_length: int | None = None,
     kv: str = KV_KINDS[0],
     ram_bytes: int | None = None,
+    route_slack: float = 0.0,
+    routes: np.ndarray | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
@@ -181,6 +194,9 @@ def load(
     `ram_bytes` is the memory that the whole process may take; by default what the machine has free, less a tenth.
     Where the model does not fit, all but its experts is read into memory, and experts when they are used:
     `memory_plan` says how much of what, `expert_store.stats` what was read.
+
+    Of such a model `routes` i16[T, layers, K], an earlier session's, say which experts to begin with; `route_slack`
+    trades exactness for reads: see ExpertStore.
 
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
@@ -193,4 +209,12 @@ def load(
     if not isinstance(path, Checkpoint | OnnxFolder):
         path = embedded_model_path() if path is None else Path(path)
         path = OnnxFolder(path) if path.is_dir() else open_checkpoint(path)
-    return Model(path, threads=threads, context_length=context_length, kv=kv, ram_bytes=ram_bytes)
+    return Model(
+        path,
+        threads=threads,
+        context_length=context_length,
+        kv=kv,
+        ram_bytes=ram_bytes,
+        route_slack=route_slack,
+        routes=routes,
+    )

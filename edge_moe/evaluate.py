@@ -167,6 +167,12 @@ def _reference_blocks(
 def _scored_logits(model: Model, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
     """Blocks f32[rows,V] of the logits at positions first : len(ids) - 1; the last token has no successor."""
     cache = model.new_cache(len(ids))
+    if model.runs_tokens_singly:
+        for position in range(first):
+            model.forward(ids[position : position + 1], cache)
+        for start, stop in _blocks(model, first, len(ids)):
+            yield np.concatenate([model.forward(ids[i : i + 1], cache) for i in range(start, stop)])
+        return
     for start in range(0, first, PREFILL_CHUNK):
         model.forward(ids[start : min(start + PREFILL_CHUNK, first)], cache)
     for start, stop in _blocks(model, first, len(ids)):

@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_moe.direct_io import ALIGNMENT, aligned_bytes, aligned_memory
 from edge_moe.errors import OptionError, ReadError
-from edge_moe.eviction import AgedFrequency, Eviction
+from edge_moe.eviction import AgedFrequency
 from edge_moe.lookahead import Lookahead
 from edge_moe.slice_reader import Slice, SliceReader
 from edge_moe.weights import Weight
@@ -97,10 +97,14 @@ class ExpertStore:
         n_bytes: int,
         top_k: int,
         *,
-        eviction: Eviction | None = None,
+        eviction: AgedFrequency | None = None,
         predict: bool = True,
+        route_slack: float = 0.0,
     ) -> None:
         """layers: each layer's stacks [E, rows, cols] (gate, up, down), which must lie in files.
+
+        With `route_slack` a single token's router takes an expert in memory for one that is not, if its score is less
+        by no more than that: fewer reads, other answers.
 
         Raises OptionError when n_bytes is less than `least_bytes`, ReadError when a file cannot be opened.
         """
@@ -110,6 +114,8 @@ class ExpertStore:
         self.stats = StoreStats()
         self.lookahead = Lookahead(predict)
         self.eviction = eviction or AgedFrequency(len(layers), self.n_experts)
+        self.route_slack = route_slack
+        self.routes: list[list[np.ndarray]] | None = None  # by layer i16[T,K] of each pass, if `keep_routes` was called
         self._layers = list(layers)
         self._index = {layer[-1].name: index for index, layer in enumerate(layers)}
         self._offsets = [np.stack([weight.file_offsets for weight in layer]) for layer in layers]  # i64[slices, E]
@@ -164,6 +170,8 @@ class ExpertStore:
         experts = np.unique(ids).tolist()
         self._collect()
         self.eviction.used(layer, ids)
+        if self.routes is not None:
+            self.routes[layer].append(ids.astype(np.int16))
         missing = [expert for expert in experts if (layer, expert) not in self._resident]
         if self._n_tokens == 1:
             guessed = self._ahead.pop(layer, None)
@@ -175,6 +183,45 @@ class ExpertStore:
         self._needed = {(layer, expert) for expert in experts}
         self._guessed.clear()
         self._start(layer, deque(missing))
+
+    def keep_routes(self) -> None:
+        """From now on remember every token's experts."""
+        self.routes = [[] for _ in self._layers]
+
+    def kept_routes(self) -> np.ndarray:
+        """What was remembered: i16[T, layers, K], without a token that was cut short."""
+        whole = [np.concatenate(parts) if parts else np.zeros((0, 1), np.int16) for parts in self.routes or []]
+        n_tokens = min(map(len, whole), default=0)
+        return np.stack([part[:n_tokens] for part in whole], axis=1)
+
+    def seed(self, shares: np.ndarray) -> None:
+        """Begin with the experts that an earlier session used most, f64[layers, experts] uses per token.
+
+        They are read now, as many as there is room for, and stay until others are used more. Raises OptionError for
+        shares of another model, ReadError.
+        """
+        if shares.shape != self._is_resident.shape:
+            expected = " x ".join(map(str, self._is_resident.shape))
+            found = " x ".join(map(str, shares.shape))
+            raise OptionError(f"the routes are of {found} experts, the model has {expected}; give those of this model")
+        self.eviction.seed(shares)
+        self.begin(0)
+        order = [divmod(int(place), self.n_experts) for place in (-shares).argsort(axis=None, kind="stable")]
+        for key in order:
+            pool = self._pool_of[key[0]]
+            if shares[key] and pool.free and key not in self._resident:
+                self._needed.add(key)
+                self._send_for(_Load(key, pool.free.pop(), predicted=False))
+                while len(self._loading) >= MOST_LOADING:
+                    self._wait()
+        while self._loading:
+            self._wait()
+        self.stats = StoreStats()
+        self.finish(0.0)
+
+    def favoured(self, layer: int, bias: np.ndarray) -> np.ndarray:
+        """The router's bias f32[E] with `route_slack` more for experts in memory."""
+        return bias + np.float32(self.route_slack) * self._is_resident[layer]
 
     def prefetch(self, layer: int, ids: np.ndarray) -> None:
         """Experts i64[T,K] that a layer will probably want: they are read when nothing else is."""

@@ -232,5 +232,5 @@ def _memory_bytes_per_s() -> float:
 
 
 def _gib(n_bytes: int) -> str:
-    """Bytes as --ram takes them: 3.8G of 2^30."""
-    return f"{n_bytes / (1 << 30):.2f}G"
+    """Bytes as --ram takes them: 3.812G of 2^30."""
+    return f"{n_bytes / (1 << 30):.3f}G"

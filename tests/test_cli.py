@@ -555,6 +555,22 @@ def test_compilation_is_told(monkeypatch, tmp_path):
     assert any(tmp_path.rglob("*.nbi"))
 
 
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_as_an_object_dies_ends_the_text():
+    def pieces():
+        for i in range(1000):
+            if i == 3:
+                Dying()
+            yield "x"
+
+    with Display() as display:
+        assert stream(pieces(), display, echo=False) == ("xxx", True)
+
+
 def test_ctrl_c_that_c_code_swallows_still_ends_the_text():
     def pieces():
         for i in range(1000):

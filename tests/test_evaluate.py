@@ -30,6 +30,8 @@ class ByteTokenizer:
 class TableModel:
     """Logits from a table, chosen by the last token and the sum of all tokens in the cache."""
 
+    runs_tokens_singly = False
+
     def __init__(self, seed=0, noise=0.0, vocab=VOCAB, tokenizer=None):
         table = np.random.default_rng(seed).normal(0, 2, (vocab, vocab))
         self.table = (table + noise * np.random.default_rng(seed + 1).normal(0, 1, table.shape)).astype(np.float32)

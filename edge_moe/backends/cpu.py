@@ -210,6 +210,10 @@ class CpuBackend:
         if self.store is not None:
             self.store.prefetch(self.store.layer_of(down), ids)
 
+    def favour(self, bias: np.ndarray, down: Weight) -> np.ndarray:
+        """The router's bias f32[E] in the layer of `down`; experts in memory are favoured for single tokens only."""
+        return bias
+
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         """down(silu(gate x) * (up x)). x f32[T,D] -> f32[T,D]."""
         gated = elementwise.silu_multiply(*self.linear(x, gate, up))

@@ -246,6 +246,19 @@ class Recorder:
             layer = store.layer_of(down)
             self.steps.append(lambda: store.prefetch(layer, ids))
 
+    def favour(self, bias: np.ndarray, down: Weight) -> np.ndarray:
+        """As of CpuBackend: with a slack, renewed before each run."""
+        store = self._store
+        if store is None or not store.route_slack:
+            return bias
+        layer, favoured = store.layer_of(down), self._empty(*bias.shape)
+
+        def renew() -> None:
+            favoured[:] = store.favoured(layer, bias)
+
+        self.steps.append(renew)
+        return favoured
+
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         """down(silu(gate x) * (up x)). x f32[1,D] -> f32[1,D]."""
         return self.linear(self._silu_multiply(*self.linear(x, gate, up)), down)[0]

@@ -17,6 +17,7 @@ from edge_moe.cli.options import (
     add_ram_option,
     add_threads_option,
     check_model_path,
+    model_settings,
     number_list,
     whole_number,
 )
@@ -119,7 +120,7 @@ def execute(args: argparse.Namespace) -> int:
         started = time.perf_counter()
         # with a budget the cache's share of it is that of the longest test
         context = max(args.n_depth) + max(args.n_prompt, args.n_gen) if args.ram else None
-        model = load_model(path, display, threads=args.threads, context_length=context, kv=args.kv, ram_bytes=args.ram)
+        model = load_model(path, display, context_length=context, **model_settings(args))
         load_s = time.perf_counter() - started
         tests = measure(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions, display)
     if args.json:

@@ -7,13 +7,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from edge_moe.cli.answer import stats_line, stream
-from edge_moe.cli.loading import load_model
+from edge_moe.cli.loading import keep_routes, load_model, save_kept_routes
 from edge_moe.cli.options import (
     Parser,
     add_generation_options,
     add_model_options,
     check_model_path,
     check_prompt,
+    model_settings,
     sampling_options,
 )
 from edge_moe.cli.report import Display, is_terminal, print_dim, print_error
@@ -65,9 +66,8 @@ def execute(args: argparse.Namespace) -> int:
     path = check_model_path(args.model) if args.model is not None else None
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(
-            path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv, ram_bytes=args.ram
-        )
+        model = load_model(path, display, context_length=args.ctx_size, **model_settings(args))
+        keep_routes(model, args.save_routes)
         conversation = Conversation(model, args.system)
         print_dim(f"{model.config.name}: {_COMMANDS}")
         if not model.tokenizer.chat_template:
@@ -100,6 +100,7 @@ def execute(args: argparse.Namespace) -> int:
                 conversation.hear(text)
                 if not args.no_stats:
                     print_dim(stats_line(model.last_stats, model.expert_store))
+        save_kept_routes(model, args.save_routes)
     return 0
 
 

@@ -5,18 +5,22 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_moe.cli.answer import experts_line
 from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     MAX_TOKENS,
     Parser,
     add_kv_option,
+    add_ram_option,
     add_threads_option,
     check_model_path,
+    model_settings,
     read_text,
     whole_number,
 )
 from edge_moe.cli.report import (
     Display,
+    print_dim,
     print_facts,
     write_json,
 )
@@ -75,6 +79,7 @@ def parser(prog: str) -> Parser:
         help="let the chunks overlap, each N tokens after the other, and score the last N of each",
     )
     add_kv_option(parser)
+    add_ram_option(parser)
     add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -92,7 +97,8 @@ def execute(args: argparse.Namespace) -> int:
         saved = open_saved_logits(args.reference_logits)
     context_length = args.ctx_size or (saved.context_length if saved is not None else _DEFAULT_CONTEXT)
     with Display() as display:
-        model = load_model(path, display, threads=args.threads, kv=args.kv)
+        context = context_length if args.ram is not None else None
+        model = load_model(path, display, context_length=context, **model_settings(args))
         reference = load_model(reference_path, display, threads=args.threads) if reference_path is not None else None
         for loaded in (model, reference):
             if loaded is not None and context_length > loaded.config.max_position_embeddings:
@@ -113,9 +119,14 @@ def execute(args: argparse.Namespace) -> int:
             on_window=lambda done, total, ppl: display.show("scoring", done, total, f"perplexity {ppl:.3f}"),
         )
     if args.json:
-        write_json({"context_length": context_length, "stride": args.stride} | dataclasses.asdict(result))
+        store = model.expert_store
+        experts = store.stats.report() | {"route_slack": store.route_slack} if store is not None else {}
+        settings = {"context_length": context_length, "stride": args.stride}
+        write_json(settings | dataclasses.asdict(result) | experts)
     else:
         print_facts(_facts(result))
+        if model.expert_store is not None:
+            print_dim(experts_line(model.expert_store))
     return 0
 
 

@@ -1,25 +1,16 @@
 """Loads models for the commands, the cheap checks first."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_moe.cli.report import Display, print_dim
-from edge_moe.config import KV_KINDS
 
 if TYPE_CHECKING:
     from edge_moe.api import Model
 
 
-def load_model(
-    path: Path | None,
-    display: Display,
-    *,
-    threads: int | None,
-    context_length: int | None = None,
-    kv: str = KV_KINDS[0],
-    ram_bytes: int | None = None,
-) -> "Model":
-    """Load a model (None: the embedded one).
+def load_model(path: Path | None, display: Display, **settings: Any) -> "Model":
+    """Load a model (None: the embedded one) with the settings of edge_moe.load.
 
     Raises the errors of edge_moe.load, those of the file before the second that numba takes to import.
     """
@@ -32,8 +23,27 @@ def load_model(
     from edge_moe.api import load
 
     display.watch_compilation()
-    model = load(checkpoint, threads=threads, context_length=context_length, kv=kv, ram_bytes=ram_bytes)
+    model = load(checkpoint, **settings)
     display.check_interrupt()
     if model.memory_plan is not None:
         print_dim(model.memory_plan.line())
     return model
+
+
+def keep_routes(model: "Model", path: str | None) -> None:
+    """Remember every token's experts, if they are to be saved."""
+    if path is not None and model.expert_store is not None:
+        model.expert_store.keep_routes()
+
+
+def save_kept_routes(model: "Model", path: str | None) -> None:
+    """Save what was remembered."""
+    store = model.expert_store
+    if path is None:
+        return
+    if store is None:
+        print_dim("--save-routes: the model fits into memory; `edge-moe experts` records the routes of a text")
+        return
+    from edge_moe.routes import save_routes
+
+    save_routes(Path(path), store.kept_routes(), store.n_experts)

@@ -98,6 +98,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, context: str) -> None:
     )
     add_kv_option(group)
     add_ram_option(group)
+    add_save_routes_option(group)
     add_threads_option(group)
 
 
@@ -120,6 +121,43 @@ def add_ram_option(parser: argparse._ActionsContainer) -> None:
         type=byte_size,
         help="memory for all, as 4G or 800M: what does not fit of the experts is read when it is used "
         "(default: what is free, less a tenth)",
+    )
+    parser.add_argument(
+        "--route-slack",
+        metavar="X",
+        type=number(0, 1),
+        default=0.0,
+        help="of a model that does not fit: take an expert in memory for one that is not, if the router's score for it "
+        "is at most X less; quicker and less exact, `eval` says by how much (default 0: off)",
+    )
+    parser.add_argument(
+        "--routes",
+        metavar="FILE",
+        help="of a model that does not fit: begin with the experts that an earlier session or text used most, "
+        "from --save-routes",
+    )
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What these options and those of the cache and threads mean for loading a model. Raises FormatError."""
+    routes = None
+    if args.routes is not None:
+        from edge_moe.routes import load_routes
+
+        routes, _ = load_routes(Path(args.routes))
+    return {
+        "threads": args.threads,
+        "kv": args.kv,
+        "ram_bytes": args.ram,
+        "route_slack": args.route_slack,
+        "routes": routes,
+    }
+
+
+def add_save_routes_option(parser: argparse._ActionsContainer) -> None:
+    """--save-routes, for the next session."""
+    parser.add_argument(
+        "--save-routes", metavar="FILE", help="of a model that does not fit: keep every token's experts, for --routes"
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -197,8 +198,12 @@ class Display:
         """It was dealt with."""
         self._interrupted = False
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, _signal: int, frame: FrameType | None) -> None:
         self._interrupted = True
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":  # an exception would be printed there, and lost
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from edge_moe.cli.answer import report, stats_line, stream
-from edge_moe.cli.loading import load_model
+from edge_moe.cli.loading import keep_routes, load_model, save_kept_routes
 from edge_moe.cli.options import (
     Parser,
     add_generation_options,
@@ -13,6 +13,7 @@ from edge_moe.cli.options import (
     check_model_path,
     check_prompt,
     is_model_path,
+    model_settings,
     read_stdin,
     sampling_options,
 )
@@ -57,9 +58,8 @@ def execute(args: argparse.Namespace) -> int:
     path, prompt = _model_and_prompt(args.model, args.prompt)
     options = sampling_options(args)
     with Display() as display:
-        model = load_model(
-            path, display, threads=args.threads, context_length=args.ctx_size, kv=args.kv, ram_bytes=args.ram
-        )
+        model = load_model(path, display, context_length=args.ctx_size, **model_settings(args))
+        keep_routes(model, args.save_routes)
         ids: str | list[int] = prompt
         stop = args.stop
         if args.chat:
@@ -76,6 +76,7 @@ def execute(args: argparse.Namespace) -> int:
             on_progress=lambda done, total: display.show("reading the prompt", done, total),
         )
         text, interrupted = stream(pieces, display, echo=not args.json)
+    save_kept_routes(model, args.save_routes)
     if args.json:
         write_json(report(text, model.last_stats, model.expert_store))
     elif not args.no_stats:

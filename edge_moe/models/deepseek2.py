@@ -243,7 +243,7 @@ class DeepseekV2:
         c = self.config
         return ops.route(
             ops.linear(x, w.gate)[0],
-            w.e_score_correction_bias,
+            ops.favour(w.e_score_correction_bias, w.experts.down_proj),
             sigmoid=c.scoring_func == "sigmoid",
             n_group=c.n_group,
             topk_group=c.topk_group,

@@ -171,7 +171,7 @@ class Llama:
             return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
         ids, gates = ops.route(
             ops.linear(x, w.gate)[0],
-            self._no_bias,
+            ops.favour(self._no_bias, w.experts.down_proj),
             sigmoid=False,
             n_group=1,
             topk_group=1,
