@@ -41,6 +41,7 @@ class Model:
         ram_bytes: int | None = None,
         route_slack: float = 0.0,
         routes: np.ndarray | None = None,
+        on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -64,6 +65,8 @@ class Model:
             layers = expert_layers(checkpoint)
             self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
             if self.memory_plan is not None:
+                if on_plan:
+                    on_plan(self.memory_plan)
                 slots_bytes = self.memory_plan.slots_bytes
                 top_k = self.config.num_experts_per_tok
                 self.expert_store = ExpertStore(layers, slots_bytes, top_k, route_slack=route_slack)
@@ -185,6 +188,7 @@ def load(
     ram_bytes: int | None = None,
     route_slack: float = 0.0,
     routes: np.ndarray | None = None,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
@@ -193,7 +197,8 @@ def load(
 
     `ram_bytes` is the memory that the whole process may take; by default what the machine has free, less a tenth.
     Where the model does not fit, all but its experts is read into memory, and experts when they are used:
-    `memory_plan` says how much of what, `expert_store.stats` what was read.
+    `memory_plan` says how much of what, and `on_plan` is called with it before anything is read; `expert_store.stats`
+    says what was read.
 
     Of such a model `routes` i16[T, layers, K], an earlier session's, say which experts to begin with; `route_slack`
     trades exactness for reads: see ExpertStore.
@@ -217,4 +222,5 @@ def load(
         ram_bytes=ram_bytes,
         route_slack=route_slack,
         routes=routes,
+        on_plan=on_plan,
     )

@@ -79,6 +79,11 @@ class DirectFile:
             with suppress(OSError):
                 handle.close()
 
+    def close_one(self, reader: int) -> None:
+        """Close the handle of one reader."""
+        with suppress(OSError):
+            self._handles[reader].close()
+
     def _read_some(self, reader: int, offset: int, view: memoryview) -> int:
         handle = self._handles[reader]
         handle.seek(offset)

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +35,12 @@ class StoreStats:
     token_bytes_read: int = 0  # while single tokens were run
     bytes_read: int = 0
     wait_s: float = 0.0
-    predicted: int = 0
-    predicted_right: int = 0
+    predicted: dict[int, int] = field(default_factory=dict)  # by layer: experts used where some were predicted
+    predicted_right: dict[int, int] = field(default_factory=dict)
 
-    def report(self) -> dict[str, float | None]:
+    def report(self) -> dict[str, Any]:
         """The figures as `--json` names them; None where nothing was counted."""
+        predicted, right = self.predicted, self.predicted_right
 
         def share(part: float, whole: float) -> float | None:
             return part / whole if whole else None
@@ -47,7 +49,8 @@ class StoreStats:
             "expert_hit_rate": share(self.hits, self.hits + self.misses),
             "bytes_read_per_token": share(self.token_bytes_read, self.tokens),
             "disk_wait_s": self.wait_s,
-            "prediction_accuracy": share(self.predicted_right, self.predicted),
+            "prediction_accuracy": share(sum(right.values()), sum(predicted.values())),
+            "prediction_accuracy_by_layer": {layer: right[layer] / predicted[layer] for layer in sorted(predicted)},
         }
 
 
@@ -176,8 +179,9 @@ class ExpertStore:
         if self._n_tokens == 1:
             guessed = self._ahead.pop(layer, None)
             if guessed is not None:
-                self.stats.predicted += len(experts)
-                self.stats.predicted_right += len(guessed.intersection(experts))
+                predicted, right = self.stats.predicted, self.stats.predicted_right
+                predicted[layer] = predicted.get(layer, 0) + len(experts)
+                right[layer] = right.get(layer, 0) + len(guessed.intersection(experts))
             self.stats.hits += len(experts) - len(missing)
             self.stats.misses += len(missing)
         self._needed = {(layer, expert) for expert in experts}

@@ -68,15 +68,11 @@ class SliceReader:
             self.done.get()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads, which close the files; does not wait, since any thread may be collecting garbage."""
         self._urgent.clear()
         self._later.clear()
         for _ in self._threads:
             self._tickets.put(False)
-        for thread in self._threads:
-            thread.join()
-        for file in self._files.values():
-            file.close()
 
     def _work(self, reader: int) -> None:
         while self._tickets.get():
@@ -92,6 +88,8 @@ class SliceReader:
                     error = ReadError(f"{wanted.path}: {wanted.n_bytes} bytes at {wanted.offset}: {problem!r}")
                 self.done.put((wanted, error))
             self._reading[reader] = False
+        for file in self._files.values():
+            file.close_one(reader)
 
     def _take(self) -> Slice | None:
         """The next slice; None when it was taken back."""

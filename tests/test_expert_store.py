@@ -1,5 +1,6 @@
 """Experts that are read when they are used give what experts in memory give, whatever goes wrong on the way."""
 
+import gc
 import json
 import os
 import re
@@ -93,6 +94,7 @@ def test_predictions_are_counted_and_often_right():
     accuracy = bounded.store.stats.report()["prediction_accuracy"]
     assert accuracy is not None
     assert 0.2 < accuracy <= 1
+    assert list(bounded.store.stats.report()["prediction_accuracy_by_layer"]) == [1]  # nothing foretells the first
 
 
 def test_too_few_slots_are_refused():
@@ -186,6 +188,21 @@ def test_ctrl_c_at_any_moment_leaves_the_model_usable():
         timer.join()
         assert np.array_equal(bounded.logits(ids, 10), expected)
     assert n_cut > 20
+
+
+def test_a_store_that_is_forgotten_ends_its_threads_and_closes_its_files():
+    before = set(threading.enumerate())
+    bounded = Bounded(GOLDEN / "v3_lite.gguf")
+    bounded.logits(IDS[:5])
+    readers = set(threading.enumerate()) - before
+    assert readers
+    handles = [handle for file in bounded.store._reader._files.values() for handle in file._handles]
+    del bounded
+    gc.collect()
+    for thread in readers:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert all(handle.closed for handle in handles)
 
 
 # ---- reading

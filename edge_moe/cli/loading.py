@@ -23,10 +23,8 @@ def load_model(path: Path | None, display: Display, **settings: Any) -> "Model":
     from edge_moe.api import load
 
     display.watch_compilation()
-    model = load(checkpoint, **settings)
+    model = load(checkpoint, **settings, on_plan=lambda plan: print_dim(plan.line()))
     display.check_interrupt()
-    if model.memory_plan is not None:
-        print_dim(model.memory_plan.line())
     return model
 
 
