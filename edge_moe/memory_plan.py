@@ -78,7 +78,7 @@ class MemoryPlan:
 def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
     """Gate, up and down of each layer that has routed experts, where they lie in the file. Raises FormatError."""
     layers, config = [], checkpoint.config
-    for index in range(config.num_hidden_layers):
+    for index in range(config.num_hidden_layers if config.n_routed_experts else 0):
         name = f"layers.{index}.mlp.experts"
         entry = checkpoint.tensors.get(checkpoint.tensor_name(f"{name}.down_proj"))
         if entry is not None:

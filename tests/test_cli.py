@@ -560,6 +560,15 @@ class Dying:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises: a shell that starts a job in the background lets it ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_as_an_object_dies_ends_the_text():
     def pieces():
         for i in range(1000):
@@ -571,6 +580,7 @@ def test_ctrl_c_as_an_object_dies_ends_the_text():
         assert stream(pieces(), display, echo=False) == ("xxx", True)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_that_c_code_swallows_still_ends_the_text():
     def pieces():
         for i in range(1000):
