@@ -56,7 +56,9 @@ def test_the_bound_counts_reading_and_what_cannot_overlap(tool, monkeypatch):
     monkeypatch.setattr(tool, "memory_group", lambda limit: Group())
     monkeypatch.setattr(tool, "find_tool", lambda name, folder: Path(name))
     monkeypatch.setattr(tool, "disk_bytes_per_s", lambda weight, seconds: 1e7)
-    args = SimpleNamespace(model=path, caps=[4.0], rounds=2, n_gen=8, n_gen_llama=2, threads=1, timeout=1, llama=None)
+    args = SimpleNamespace(
+        model=path, caps=[4.0], rounds=2, n_gen=8, n_gen_llama=2, threads=1, timeout=1, llama=None, alone=False
+    )
     (row,) = tool.measure(args)
     assert len(calls) == 5
     assert (row["ours"], row["llama.cpp"]) == (4.0, 0.5)

@@ -7,7 +7,7 @@ Linux with control groups (version 1 or 2) only. For each cap in GiB, in each ro
 copies of the weights do not fit. A figure is the median of the rounds.
 
 The bound is what the disk allows: bytes read for a token divided by the speed at which this disk gives slices of
-experts, measured between the two, plus the part of a token's time without any limit that cannot overlap with reading
+experts, measured before and after (the better counts: shared disks vary), plus the part of a token's time without any limit that cannot overlap with reading
 (all weights but experts).
 """
 
@@ -117,16 +117,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         speeds: dict[str, list[float]] = {"ours": [], "llama.cpp": [], "bound": []}
         entry: dict[str, Any] = {}
         for _ in range(args.rounds):
+            before = disk_bytes_per_s(layers[0][0], seconds=PROBE_S)
             with memory_group(limit) as procs:
                 forget_file(args.model)
                 entry = ours(args, procs, limit - MARGIN_BYTES)
             speeds["ours"].append(entry["tok_per_s"])
-            disk = disk_bytes_per_s(layers[0][0], seconds=PROBE_S)
+            disk = max(before, disk_bytes_per_s(layers[-1][0], seconds=PROBE_S))
             alone_s = token_s * always / (always + active)
             speeds["bound"].append(1 / (entry.get("bytes_read_per_token", 0) / disk + alone_s))
-            with memory_group(limit) as procs:
-                forget_file(args.model)
-                found = theirs(args, procs)
+            found = None
+            if not args.alone:
+                with memory_group(limit) as procs:
+                    forget_file(args.model)
+                    found = theirs(args, procs)
             if found is not None:
                 speeds["llama.cpp"].append(found)
         middle = {who: statistics.median(values) if values else None for who, values in speeds.items()}
@@ -163,6 +166,7 @@ def main() -> int:
     add = parser.add_argument
     add("model", type=Path, help="a .gguf file with experts, in one part")
     add("--llama", metavar="DIR", type=Path, help="folder of llama-bench (default: PATH)")
+    add("--alone", action="store_true", help="leave llama.cpp out")
     add("--caps", metavar="G,G", type=lambda text: [float(part) for part in text.split(",")], default=[4.0, 6.0, 8.0])
     add("-n", "--n-gen", metavar="N", type=int, default=32, help="tokens that edge_moe generates (default 32)")
     add("--n-gen-llama", metavar="N", type=int, default=6, help="tokens that llama.cpp generates (default 6)")
@@ -186,7 +190,7 @@ def main() -> int:
     print(f"{'cap':>8}{'ours':>8}{'llama.cpp':>11}{'ratio':>8}{'bound':>8}{'of bound':>10}{'hits':>7}{'MB/token':>10}")
     for row in rows:
         peer = row["llama.cpp"]
-        peer_words = f"{peer:>11.2f}{row['ours'] / peer:>8.2f}" if peer else f"{'killed':>11}{'':>8}"
+        peer_words = f"{peer:>11.2f}{row['ours'] / peer:>8.2f}" if peer else f"{'-':>11}{'':>8}"
         print(
             f"{row['cap_gib']:>4.0f} GiB{row['ours']:>8.2f}{peer_words}{row['bound']:>8.2f}"
             f"{100 * row['ours'] / row['bound']:>8.0f} %{100 * row['expert_hit_rate']:>5.0f} %"
