@@ -7,8 +7,8 @@ Linux with control groups (version 1 or 2) only. For each cap in GiB, in each ro
 copies of the weights do not fit. A figure is the median of the rounds.
 
 The bound is what the disk allows: bytes read for a token divided by the speed at which this disk gives slices of
-experts, measured before and after (the better counts: shared disks vary), plus the part of a token's time without any limit that cannot overlap with reading
-(all weights but experts).
+experts, measured before and after (the better counts: shared disks vary), plus the part of a token's time without any
+limit that cannot overlap with reading (all weights but experts).
 """
 
 import argparse
