@@ -156,6 +156,19 @@ def test_a_file_cut_while_in_use_ends_in_an_error(tmp_path):
             bounded.logits(IDS)
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.01, 0.03])
+def test_a_file_cut_in_the_middle_of_a_run_gives_no_wrong_token(tmp_path, delay_s):
+    path = shutil.copy(GOLDEN / "v2_no_dense_layer.gguf", tmp_path / "model.gguf")
+    expected = unbounded(GOLDEN / "v2_no_dense_layer.gguf", IDS, 10)
+    bounded = Bounded(path)
+    timer = threading.Timer(delay_s, os.truncate, (path, 3 * path.stat().st_size // 4))
+    timer.start()
+    with pytest.raises(ReadError, match=r"cut while in use|changed while in use"):
+        while True:
+            assert np.array_equal(bounded.logits(IDS, 10), expected)
+    timer.join()
+
+
 def test_a_file_changed_while_in_use_ends_in_an_error(tmp_path):
     path = shutil.copy(GOLDEN / "v3_lite.gguf", tmp_path / "model.gguf")
     bounded = Bounded(path)
