@@ -360,9 +360,9 @@ BAD_INPUT = [
     ("config.json", lambda f, n: edited(f, n, lambda c: c.update(n_shared_experts=0)), UnsupportedError, "no place"),
     (
         "config.json",
-        lambda f, n: edited(f, n, lambda c: c.update(architectures=["LlamaForCausalLM"])),
+        lambda f, n: edited(f, n, lambda c: c.update(architectures=["GemmaForCausalLM"])),
         UnsupportedError,
-        "LlamaForCausalLM",
+        "GemmaForCausalLM",
     ),
     (
         "config.json",
