@@ -8,7 +8,7 @@ from numba import prange, types
 
 from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
-from edge_moe.kernels.simd import address_of, f32x16, load, splat, store
+from edge_moe.kernels.simd import address_of, f32x16, fma, load, splat, store
 
 _WORTH_THREADS = 65536  # values; waking other threads takes longer than working through fewer
 
@@ -20,8 +20,12 @@ def rms_norm_row(x, weight, eps, out):
     for i in range(x.shape[0]):
         total += x[i] * x[i]
     scale = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + eps)
+    # A product of three in one loop comes out in one order or another, by whether x and out lie close to each other:
+    # LLVM makes a loop of vectors, and one without for when they might overlap.
     for i in range(x.shape[0]):
-        out[i] = x[i] * scale * weight[i]
+        out[i] = x[i] * scale
+    for i in range(x.shape[0]):
+        out[i] *= weight[i]
 
 
 @kernel
@@ -38,8 +42,10 @@ def rope_row(x, cos, sin, out):
     """Rotate adjacent pairs of one row. x and out f32[P], cos and sin f32[P/2]."""
     for i in range(cos.shape[0]):
         even, odd = x[2 * i], x[2 * i + 1]
-        out[2 * i] = even * cos[i] - odd * sin[i]
-        out[2 * i + 1] = even * sin[i] + odd * cos[i]
+        # Which product is fused into the sum is said here: LLVM chooses one in a kernel that was just compiled and
+        # another in the same one from the cache.
+        out[2 * i] = fma(even, cos[i], -(odd * sin[i]))
+        out[2 * i + 1] = fma(even, sin[i], odd * cos[i])
 
 
 @kernel
