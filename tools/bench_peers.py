@@ -9,7 +9,7 @@ appended to the log at once: called again with the same setup, the program goes 
 larger --rounds adds rounds.
 
 The bound of generation is the measured speed of reading memory divided by the bytes that one token must read: all
-weights but the embeddings and the idle experts, and the latent cache. A model that fits the processor's cache may
+weights but the embeddings and the idle experts, and the cache. A model that fits the processor's cache may
 exceed it.
 """
 
@@ -30,7 +30,7 @@ from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
 from numba import prange
 
 from edge_moe.cli.report import Display, format_bytes, write_json
-from edge_moe.config import KV_KINDS
+from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import EdgeMoeError
 from edge_moe.kernels.jit import parallel_kernel
 
@@ -75,6 +75,8 @@ def llama_speed(args: argparse.Namespace, test: Test) -> float:
     words = ["-p", prompt, "-n", generated, "-d", test.depth, "-r", args.repetitions, "-o", "json"]
     words += ["-t", args.threads] if args.threads else []
     words += ["-ctk", CACHE_TYPES[args.kv]] if args.kv else []
+    if args.kv and args.has_values:  # which llama.cpp keeps as it pleases in flash attention only
+        words += ["-ctv", CACHE_TYPES[args.kv], "-fa", "1"]
     output = run([find_tool("llama-bench", args.llama), "-m", args.model, *map(str, words)])
     entries = json_in(output, "[", "llama-bench")
     sizes = [(each["n_prompt"], each["n_gen"], each["n_depth"]) for each in entries]
@@ -129,10 +131,11 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one token reads: of the weights always, of the latent cache for each token of context."""
+    """Bytes that one token reads: of the weights always, of the cache for each token of context."""
 
     weights_bytes: int
     cache_bytes_per_position: float
+    has_values: bool = False  # the cache keeps values beside keys
 
     def bytes_at(self, depth: float) -> float:
         """Bytes read by a token behind `depth` tokens."""
@@ -143,12 +146,15 @@ def traffic_of(path: Path, kv: str) -> Traffic:
     """What the model's config and tensor sizes say. Raises FormatError, UnsupportedError."""
     from edge_moe import plan
     from edge_moe.checkpoint import open_checkpoint
-    from edge_moe.latent_cache import latent_cache_bytes
-    from edge_moe.models.deepseek2 import load_weights
+    from edge_moe.models.architectures import cache_bytes_by_kind, load_weights
 
     checkpoint = open_checkpoint(path)
+    length = min(1024, checkpoint.config.max_position_embeddings)
+    cache_bytes = cache_bytes_by_kind(checkpoint.config, length)
+    if kv not in cache_bytes:
+        raise ToolError(f"--kv {kv}: the cache of {path.name} is one of {', '.join(cache_bytes)}")
     _, weights_bytes = plan.active_weights(checkpoint.config, plan.parts(load_weights(checkpoint)))
-    return Traffic(weights_bytes, latent_cache_bytes(checkpoint.config, 1024, kv) / 1024)
+    return Traffic(weights_bytes, cache_bytes[kv] / length, isinstance(checkpoint.config, LlamaConfig))
 
 
 # ---- the log
@@ -344,7 +350,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--kv",
         choices=[kind for kind in KV_KINDS if kind in CACHE_TYPES],
-        help="latent cache of both (default: each's own)",
+        help="cache of both (default: each's own)",
     )
     add("--log", metavar="FILE", type=Path, help="JSON lines of the results (default MODEL's name with .bench.jsonl)")
     add("--plot", metavar="FILE", type=Path, help="write speed against context and prompt length (PNG or SVG)")
@@ -361,6 +367,7 @@ def execute(args: argparse.Namespace) -> None:
 
     args.threads = args.threads or default_threads()
     traffic = traffic_of(args.model, args.kv or KV_KINDS[0])  # first of all, as it reads the model's header
+    args.has_values = traffic.has_values
     find_tool("llama-bench", args.llama)
     tests = [Test("tg", args.n_gen, depth) for depth in args.contexts] + [Test("pp", n) for n in args.prompts]
     if not tests:
@@ -383,7 +390,7 @@ def execute(args: argparse.Namespace) -> None:
         measure(log, tests, args.rounds, engines, lambda: read_bytes_per_s(args.threads), show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)
-    title = f"{args.model.name}, {args.threads} threads, latent cache {args.kv or 'by default'}, {rounds} rounds"
+    title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {rounds} rounds"
     if args.json:
         write_json({**setup, "rounds": rounds, **found})
     else:
