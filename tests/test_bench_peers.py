@@ -116,7 +116,7 @@ def test_bytes_of_a_token_are_those_of_the_file(bench):
     assert traffic.bytes_at(10) == traffic.weights_bytes + 10 * traffic.cache_bytes_per_position
 
 
-@pytest.mark.parametrize(("kv", "head_bytes"), [("bf16", 2 * 2 * 16), ("int8", 2 * 16 + 16), ("f32", 2 * 4 * 16)])
+@pytest.mark.parametrize(("kv", "head_bytes"), [("bf16", 2 * 2 * 16), ("int8", 2 * 16 + 8), ("f32", 2 * 4 * 16)])
 def test_bytes_of_keys_and_values(bench, kv, head_bytes):
     """Mixtral's golden: 2 layers of 2 heads of keys of 8 numbers, each filled up to 16."""
     traffic = bench.traffic_of(LLAMAS / "mixtral.gguf", kv)
