@@ -1,5 +1,6 @@
 """The engine computes what transformers computes: tiny random Llama, Mistral and Mixtral models."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,10 +156,32 @@ def test_a_bias_is_refused(tmp_path):
         edge_moe.load(path)
 
 
-def test_what_is_for_deepseek_only_says_so():
-    model = edge_moe.load(GOLDEN / "llama.gguf")
+def test_what_is_for_deepseek_only_says_so(tmp_path, capsys):
+    path = str(GOLDEN / "llama.gguf")
+    model = edge_moe.load(path)
     with pytest.raises(UnsupportedError, match="architecture llama, expected deepseek2"):
         load_deepseek(model.checkpoint)
+    for command, message in (
+        (["export", "onnx", path, str(tmp_path / "onnx")], "architecture llama, expected deepseek2"),
+        (["quantize", path, str(tmp_path / "o.gguf"), "--type", "Q8_0", "--rotate-latent"], "no latent"),
+        (["run", path, "hi", "--kv", "int4"], "--kv int4: a model of grouped-query attention takes one of bf16, int8"),
+        (["bench", path, "-p", "4", "--kv", "int4"], "--kv int4: a model of grouped-query attention takes one of"),
+        (["experts", path, "--text", __file__], "has no experts"),
+    ):
+        assert main(command) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_routes_of_a_text_longer_than_the_context(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the and of a then " * 100)
+    assert main(["experts", str(GOLDEN / "mixtral.gguf"), "--text", str(text), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] > 256
+    assert np.shape(document["use_per_token"]) == (2, 6)
 
 
 @every_golden
