@@ -69,8 +69,8 @@ class CpuBackend:
             return compute(self, token_ids, cache, all_logits)
         program = self._programs.get(cache)
         if program is None:
-            program = self._programs[cache] = Program(compute, cache, self.store)
-        return program.run(int(token_ids[0]), cache.length, self.threads)
+            program = self._programs[cache] = Program(compute, cache, self.threads, self.store)
+        return program.run(int(token_ids[0]), cache.length)
 
     def rotations(
         self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float

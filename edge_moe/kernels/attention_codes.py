@@ -42,6 +42,7 @@ from edge_moe.kernels.simd import (
     i32x16,
     larger,
     load,
+    prefetch,
     reduce_add,
     reduce_max,
     rounded,
@@ -51,6 +52,7 @@ from edge_moe.kernels.simd import (
 )
 from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store, tile_zero
 
+PREFETCH_BYTES = 8192
 GROUP = 128  # dims that share a token's scale
 BLOCK_TOKENS = 16
 MAX_CODE = 127
@@ -271,6 +273,7 @@ def _scores(block, n_blocks, query, rank, rope, out):
         for g in range(_groups(rank)):
             sums = tile_numbers(query, first_sums + 4 * g)
             for _ in range(min(GROUP // 4, _quads(rank) - GROUP // 4 * g)):
+                prefetch(codes + PREFETCH_BYTES)
                 sums = tile_add_scores(sums, codes, query, offset)
                 codes += 64
                 offset += QUERY_BYTES
