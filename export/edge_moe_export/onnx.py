@@ -1,10 +1,6 @@
 """Exports a model to a folder for ONNX Runtime: the graph with its weights, the tokenizer and the settings."""
 
-import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +9,7 @@ from onnx import ModelProto
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import OptionError, UnsupportedError
+from edge_moe.files import new_folder
 from edge_moe.models.deepseek2 import config_of, load_weights
 from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
 from edge_moe_export.gguf import write_gguf
@@ -72,7 +69,7 @@ def export_onnx(
         if progress:
             progress(steps, config.num_hidden_layers + 1)
 
-    with _new_folder(out, checkpoint.size_bytes) as folder:
+    with new_folder(out, checkpoint.size_bytes) as folder:
         write_gguf(folder / SETTINGS_FILE, settings_metadata(checkpoint), ())
         notes = write_settings(folder, checkpoint)  # first, since a damaged vocabulary should not cost an hour
         with (folder / TENSOR_FILE).open("xb", buffering=1 << 20) as file:
@@ -111,7 +108,11 @@ def _optimize(folder: Path) -> None:
         ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
     ):
         options.add_session_config_entry(key, value)
-    onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    try:
+        onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's errors have no common type
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise OptionError(f"--optimized: onnxruntime cannot pack the graph: {reason}; export without it") from None
     for path in fresh.iterdir():
         path.replace(folder / path.name)
     fresh.rmdir()
@@ -125,37 +126,3 @@ def _notes(storage: Storage) -> Sequence[str]:
         notes.append(f"{n_weights / 1e6:.1f} M weights rounded from {kind}, relative error {error:.2f} %")
     notes += [f"{n_weights / 1e6:.1f} M weights kept as f32: {why}" for why, n_weights in storage.n_float.items()]
     return notes
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and of which nothing stays otherwise.
-
-    Raises OptionError when it cannot be written, or something is there already.
-    """
-    fresh = out.absolute().with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.part")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OptionError(f"{out}: exists already; name a new folder, or remove that one")
-        fresh.mkdir()
-        try:
-            yield fresh
-            for path in fresh.iterdir():
-                _sync(path)
-            fresh.replace(out)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise OptionError(
-            f"{out}: cannot be written: {error.strerror or error}; "
-            f"about {n_bytes} bytes need a folder with room for them"
-        ) from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
