@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from edge_moe_export.convert import convert
 from edge_moe_export.hyperparameters import read_hyperparameters
-from edge_moe_export.naming import _parts_of_name
+from edge_moe_export.naming import parts_of_name
 from edge_moe_export.vocabulary import vocabulary_metadata
 from hf_checkpoints import GOLDEN, hf_tensors, stored, write_hf_checkpoint, write_safetensors
 from reference import ReferenceModel, read_gguf
@@ -218,7 +218,7 @@ def test_names_are_taken_apart_as_the_gguf_package_does(name, n_weights):
     found = (full and title(full), organization and title(organization), *rest)
     keys = ("name", "organization", "basename", "finetune", "version", "size_label")
     expected = {key: value for key, value in zip(keys, found, strict=True) if value is not None}
-    assert _parts_of_name(name, n_weights) == expected
+    assert parts_of_name(name, n_weights) == expected
 
 
 def test_general_keys(tmp_path):
@@ -257,6 +257,91 @@ def test_the_card_names_the_model_before_the_folder_does(tmp_path):
     keys = read_gguf(tmp_path / "model.gguf")[0]
     assert keys["general.name"] == "My Model"
     assert keys["general.author"] == "Someone"
+
+
+CARD = """---
+license: [mit, other]
+license_name: modified # by a comment
+base_model:
+- some-org/Some-Model-v2-Chat
+- https://huggingface.co/another/Base-7B-v1.5
+- https://example.org/else
+- "plain-name"
+- {name: Own, author: Me, repo_url: "https://example.org/own", more: 1}
+datasets: org/Text
+model_creator: Some Org
+author:
+model_type: Tiny
+url: https://example.org/model
+model_doi: 10.1/2
+description: >-
+  two
+  lines
+language:
+- en
+- no
+tags: [moe, 1]
+pipeline_tag: text-generation
+---
+# Title
+"""
+
+
+def test_a_card_with_origins(tmp_path):
+    """As llama.cpp's converter writes it; checked against that by hand."""
+    folder = tmp_path / "tiny"
+    write_hf_checkpoint(folder, "v2_lite")
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    sampling = {"repetition_penalty": 1.1, "mirostat": 2, "min_p": 0.1, "sequence": "k;p", "penalty_last_n": 64}
+    (folder / "generation_config.json").write_text(json.dumps(sampling), encoding="utf-8")
+    convert(folder, tmp_path / "model.gguf", "q8_0")
+    keys = {key: value for key, value in read_gguf(tmp_path / "model.gguf")[0].items() if key.startswith("general.")}
+    for key in ("architecture", "type", "file_type", "quantization_version"):
+        del keys[f"general.{key}"]
+    assert keys == {
+        "general.sampling.penalty_repeat": np.float32(1.1),
+        "general.sampling.mirostat": 2,
+        "general.sampling.min_p": np.float32(0.1),
+        "general.sampling.sequence": "k;p",
+        "general.sampling.penalty_last_n": 64,
+        "general.name": "Tiny",
+        "general.author": "Some Org",
+        "general.basename": "Tiny",
+        "general.description": "two lines",
+        "general.size_label": "8x39K",
+        "general.license": "mit,other",
+        "general.license.name": "modified",
+        "general.source.url": "https://example.org/model",
+        "general.source.doi": "10.1/2",
+        "general.base_model.count": 5,
+        "general.base_model.0.name": "Some Model v2 Chat",
+        "general.base_model.0.organization": "Some Org",
+        "general.base_model.0.repo_url": "https://huggingface.co/some-org/Some-Model-v2-Chat",
+        "general.base_model.1.name": "Base 7B v1.5",
+        "general.base_model.1.organization": "Another",
+        "general.base_model.1.version": "v1.5",
+        "general.base_model.1.repo_url": "https://huggingface.co/another/Base-7B-v1.5",
+        "general.base_model.2.repo_url": "https://example.org/else",
+        "general.base_model.3.name": "Plain Name",
+        "general.base_model.4.name": "Own",
+        "general.base_model.4.author": "Me",
+        "general.base_model.4.repo_url": "https://example.org/own",
+        "general.dataset.count": 1,
+        "general.dataset.0.name": "Text",
+        "general.dataset.0.organization": "Org",
+        "general.dataset.0.repo_url": "https://huggingface.co/org/Text",
+        "general.tags": ["moe", "text-generation"],
+        "general.languages": ["en", "no"],
+    }
+
+
+@pytest.mark.parametrize("card", ["---\na: [\n---\n", "---\n- list\n---\n", "# none", "", "---\n\x01\n---\n"])
+def test_a_card_that_says_nothing(card, tmp_path):
+    folder = tmp_path / "tiny"
+    write_hf_checkpoint(folder, "v2_lite")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    convert(folder, tmp_path / "model.gguf", "q8_0")
+    assert read_gguf(tmp_path / "model.gguf")[0]["general.name"] == "Tiny"
 
 
 def edited(folder, name, edit):
@@ -376,7 +461,7 @@ BAD_INPUT = [
         UnsupportedError,
         "dynamic",
     ),
-    ("tokenizer.json", remove, UnsupportedError, "byte-level BPE"),
+    ("tokenizer.json", remove, UnsupportedError, "has no tokenizer.json, tiktoken.model"),
     (
         "tokenizer.json",
         lambda f, n: edited(f, n, lambda t: t["model"].update(type="Unigram")),

@@ -13,8 +13,9 @@ from edge_moe.errors import OptionError
 _PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _DESCRIPTION = """\
-Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind (safetensors in bf16, f16, f32 or fp8, with a byte-level
-BPE tokenizer.json) to one GGUF file. OUT appears when it is complete; until then nothing is there or replaced."""
+Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind (safetensors in bf16, f16, f32 or fp8, with a
+tokenizer.json, tiktoken.model or tokenizer.model) to one GGUF file. OUT appears when it is complete; until then nothing
+is there or replaced."""
 
 _EXAMPLES = """\
 examples:
@@ -27,7 +28,7 @@ def parser(prog: str) -> Parser:
     """The options of `convert`."""
     parser = Parser(prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} HF_DIR OUT.gguf [options]")
     add = parser.add_argument
-    add("folder", metavar="HF_DIR", help="a folder with config.json, tokenizer.json and *.safetensors")
+    add("folder", metavar="HF_DIR", help="a folder with config.json, *.safetensors and the tokenizer's files")
     add("out", metavar="OUT.gguf", help="the file to write")
     add(
         "--type",

@@ -21,8 +21,8 @@ from edge_moe.safetensors import SafetensorsModel, open_safetensors, read_json
 from edge_moe_export.encode import encode
 from edge_moe_export.gguf import NewTensor, write_gguf
 from edge_moe_export.hyperparameters import HyperParameters, read_hyperparameters
-from edge_moe_export.naming import describe_model
-from edge_moe_export.vocabulary import vocabulary_metadata
+from edge_moe_export.model_card import describe_model
+from edge_moe_export.vocabularies import read_vocabulary
 
 OUTPUT_TYPES: dict[str, tuple[BlockFormat, int]] = {  # and the number that `general.file_type` has for it
     "f32": (F32, 0),
@@ -74,7 +74,7 @@ def convert(
     fmt, file_type = OUTPUT_TYPES[output_type] if isinstance(output_type, str) else (F32, output_type.file_type)
     params = read_hyperparameters(read_json(folder / "config.json"), folder / "config.json")
     architecture = params.metadata()
-    vocabulary = vocabulary_metadata(folder, params)
+    vocabulary = read_vocabulary(folder, params)
     model = open_safetensors(folder, scale_block=params.scale_block)
     plan = _Plan(model, params, fmt)
     tensors = plan.tensors()

@@ -148,6 +148,7 @@ class HyperParameters:
         keys["rope.scaling.original_context_length"] = lengths.integer("original_max_position_embeddings")
         for theirs, ours in (
             ("extrapolation_factor", "yarn_ext_factor"),
+            ("attn_factor", "yarn_attn_factor"),
             ("attention_factor", "yarn_attn_factor"),
             ("beta_fast", "yarn_beta_fast"),
             ("beta_slow", "yarn_beta_slow"),

@@ -21,7 +21,7 @@ _IDS = {  # by the name in tokenizer_config.json; the last but one is misspelt i
 }  # fmt: skip
 
 # llama.cpp knows a pre-tokenizer by the SHA-256 of the ids of this text, written as a Python list.
-_CHECK_TEXT = (
+CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
@@ -56,15 +56,8 @@ _NAMES_BY_PATTERNS = {
 def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]:
     """All `tokenizer.` keys. Raises FormatError (damaged) and UnsupportedError (no byte-level BPE)."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        other = next((name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()), None)
-        raise UnsupportedError(
-            f"{path}: no such file"
-            + (f", only {other}, which is not read here" if other else "")
-            + "; convert needs the tokenizer as a byte-level BPE tokenizer.json"
-        )
     tokenizer = read_json(path)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = tokenizer_config(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         kind = model.get("type") if isinstance(model, dict) else model
@@ -75,7 +68,8 @@ def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]
         raise FormatError(f"{path}: is no tokenizer ({str(error)[:80]}); download the file again") from None
     added = _added_tokens(loaded, config, folder)
     tokens, kinds = _tokens(loaded, added, params.integer("vocab_size"), path)
-    special = _SpecialTokens(tokenizer, config, loaded, path)
+    ids_by_text = {row.content: token_id for token_id, row in loaded.get_added_tokens_decoder().items()}
+    special = SpecialTokens(tokenizer, config, ids_by_text, path)
     special.take_ids(params)
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -83,10 +77,15 @@ def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array(kinds, np.int32),
         "tokenizer.ggml.merges": _merges(model, path),
-        **{f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in special.ids.items()},
-        **{f"tokenizer.ggml.add_{role}_token": flag for role, flag in special.added_at_ends.items()},
-        **_chat_templates(folder, config),
+        **special.metadata(),
+        **chat_templates(folder, config),
     }
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json, empty where it has none."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def _tokens(
         if text is None:
             text, kind = f"[PAD{token_id}]", TokenKind.UNUSED
         elif token_id in added:
-            is_control = added[token_id][1] or _looks_special(text)
+            is_control = added[token_id][1] or looks_special(text)
             kind = TokenKind.CONTROL if is_control else TokenKind.USER_DEFINED
             text = text if is_control else text.replace("▁", " ")
         tokens.append(text)
@@ -126,7 +125,7 @@ def _tokens(
     return tokens, kinds
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """Some models do not mark their control tokens, which show by their form."""
     return (
         text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
@@ -152,13 +151,18 @@ def _merges(model: Mapping[str, Any], path: Path) -> list[str]:
 # ---- special tokens -------------------------------------------------------------------------------------------------
 
 
-class _SpecialTokens:
-    """The ids of special tokens by role, and which of them a text begins or ends with."""
+class SpecialTokens:
+    """The ids of special tokens by role, and which of them a text begins or ends with.
 
-    def __init__(self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], loaded: Tokenizer, path: Path) -> None:
+    `tokenizer` is what tokenizer.json holds, `ids_by_text` its added tokens, `config` tokenizer_config.json.
+    """
+
+    def __init__(
+        self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], ids_by_text: Mapping[str, int], path: Path
+    ) -> None:
         self.ids: dict[str, int] = {}
         self.added_at_ends: dict[str, bool] = {}
-        self._added = {row.content: token_id for token_id, row in loaded.get_added_tokens_decoder().items()}
+        self._added = ids_by_text
         roles = ("bos", "eos", "unk", "sep", "pad", "mask")
         self.texts = {role: text for role in roles if (text := _text_of(config.get(f"{role}_token")))}
         post = tokenizer.get("post_processor") or {}
@@ -216,6 +220,12 @@ class _SpecialTokens:
                 if text in self._added:
                     self.ids.setdefault(role, self._added[text])
 
+    def metadata(self) -> dict[str, Any]:
+        """The keys that say so."""
+        return {f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in self.ids.items()} | {
+            f"tokenizer.ggml.add_{role}_token": flag for role, flag in self.added_at_ends.items()
+        }
+
 
 def _text_of(token: object) -> str | None:
     """The text of a token that tokenizer_config.json gives as a text or an object."""
@@ -234,10 +244,10 @@ def _special_of(item: Mapping[str, Any]) -> str | None:
 
 def _pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None) -> str:
     """The name that `tokenizer.ggml.pre` has for this tokenizer's splitting rules."""
-    ids = loaded.encode(_CHECK_TEXT).ids
+    ids = loaded.encode(CHECK_TEXT).ids
     # The hashes were made with transformers, which adds the first token by tokenizer_config.json instead of the file.
     bos_id = loaded.token_to_id(bos) if bos else None
-    for candidate in (ids, [bos_id, *ids], loaded.encode(_CHECK_TEXT, add_special_tokens=False).ids):
+    for candidate in (ids, [bos_id, *ids], loaded.encode(CHECK_TEXT, add_special_tokens=False).ids):
         name = _NAMES_BY_HASH.get(hashlib.sha256(str(candidate).encode()).hexdigest())
         if name:
             return name
@@ -267,7 +277,7 @@ def _patterns(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     return [regex if is_plain and isinstance(regex, str) else str(kind)]
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The default chat template, and others by name."""
     template = config.get("chat_template")
     if template is None and (folder / "chat_template.jinja").is_file():
