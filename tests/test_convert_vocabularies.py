@@ -15,11 +15,12 @@ from edge_moe_export.hyperparameters import read_hyperparameters
 from edge_moe_export.vocabularies import read_vocabulary
 from hf_checkpoints import GOLDEN, hf_tensors, stored, write_hf_checkpoint, write_safetensors
 from reference import read_gguf
-from vocab_files import TEXTS, llama_cpp_tokenizer, write_vocabulary
+from vocab_files import CHARACTER_OF_BYTE, TEXTS, llama_cpp_tokenizer, real_vocabulary, write_vocabulary
 
 import edge_moe
 from edge_moe.cli import main
 from edge_moe.errors import FormatError, UnsupportedError
+from edge_moe.gguf import open_gguf
 from edge_moe.tokenizer import Tokenizer
 
 N_RANKS = 420
@@ -152,6 +153,16 @@ def test_tiktoken_words_become_the_tokens_of_the_ranks(tmp_path):
     for _ in range(300):
         word = "".join(rng.choice("adehinorstw") for _ in range(rng.randint(1, 12)))
         assert tokenizer.encode(word, add_special=False) == bytes_merged_by_rank(word.encode(), ranks)
+
+
+def test_merges_follow_from_ranks(tmp_path):
+    """A real vocabulary's ids of tokens, taken for ranks, give back the merges that it was made with."""
+    metadata = open_gguf(real_vocabulary("qwen2")).metadata
+    rows = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+    byte_of = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
+    ranks = {bytes(byte_of[c] for c in text): i for i, (text, kind) in enumerate(rows) if kind == 1}
+    kimi_folder(tmp_path / "hf", ranks=ranks, vocab_size=len(ranks) + 256)
+    assert vocabulary(tmp_path / "hf")["tokenizer.ggml.merges"] == list(metadata["tokenizer.ggml.merges"])
 
 
 def test_tiktoken_tokens_are_those_of_llama_cpp(tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from edge_moe.cli.conversion import convert_quantized, report_conversion
+from edge_moe.cli.conversion import all_or_nothing, convert_quantized, report_conversion
 from edge_moe.cli.conversion import type_name as recipe_name
 from edge_moe.cli.options import Parser, add_threads_option
 from edge_moe.cli.report import Display
@@ -68,7 +68,8 @@ def execute(args: argparse.Namespace) -> int:
             display.show("converting", done_bytes, total_bytes, tensor_name)
 
         if args.type in _PLAIN_TYPES:
-            conversion = convert(folder, out, args.type, progress=show)
+            with all_or_nothing(out):
+                conversion = convert(folder, out, args.type, progress=show)
         else:
             display.watch_compilation()
             conversion = convert_quantized(folder, out, args.type, [], args.threads, show)

@@ -4,6 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
+from edge_moe.cli.conversion import all_or_nothing
 from edge_moe.cli.options import Parser, check_model_path
 from edge_moe.cli.report import Display, format_bytes, format_duration, print_dim, write_json
 from edge_moe.errors import OptionError
@@ -58,7 +59,7 @@ def execute(args: argparse.Namespace) -> int:
     from edge_moe.checkpoint import open_checkpoint
 
     started = time.perf_counter()
-    with Display() as display:
+    with all_or_nothing(Path(args.out)), Display() as display:
         export = export_onnx(
             open_checkpoint(path),
             Path(args.out),
