@@ -37,7 +37,7 @@ def parser(prog: str) -> Parser:
         help="bits of the experts' weights (default 4); 32: all weights f32 and standard operators only, which is slow",
     )
     add("--block", type=int, choices=(16, 32, 64, 128), default=32, help="weights that share a scale (default 32)")
-    add("--kv", choices=("fp32", "fp16"), default="fp32", help="the cache's numbers (default fp32)")
+    add("--kv", choices=("fp32", "fp16", "int8"), default="fp32", help="the cache's numbers (default fp32)")
     add(
         "--optimized",
         action="store_true",
@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
             Path(args.out),
             bits=args.bits,
             block=args.block,
-            half_cache=args.kv == "fp16",
+            kv=args.kv,
             optimized=args.optimized,
             progress=lambda done, total: display.show("exporting", done, total, "layers"),
         )

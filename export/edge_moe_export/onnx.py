@@ -14,7 +14,7 @@ from edge_moe.models.deepseek2 import config_of, load_weights
 from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
 from edge_moe_export.gguf import write_gguf
 from edge_moe_export.onnx_builder import Builder, TensorFile
-from edge_moe_export.onnx_graph import build_decoder
+from edge_moe_export.onnx_graph import CACHE_TYPES, build_decoder
 from edge_moe_export.onnx_settings import settings_metadata, write_settings
 from edge_moe_export.onnx_storage import FLOAT_BITS, Storage
 from edge_moe_export.onnx_weights import LOSSLESS_BLOCK
@@ -39,21 +39,23 @@ def export_onnx(
     *,
     bits: int = 4,
     block: int = LOSSLESS_BLOCK,
-    half_cache: bool = False,
+    kv: str = "fp32",
     optimized: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
     """Write the model as an ONNX folder `out`, which appears when it is whole.
 
     `bits` 4 or 8 of the routed experts' weights, each `block` of them with a scale of its own, or 32: f32 and standard
-    operators only. `half_cache`: the latent cache is f16. `optimized`: as onnxruntime packs it for this CPU, for which
-    it takes the model's size in memory. `progress(done, total)` counts layers.
+    operators only. `kv`: the latent cache is fp32, fp16 or int8. `optimized`: as onnxruntime packs it for this CPU, for
+    which it takes the model's size in memory. `progress(done, total)` counts layers.
     Raises OptionError (options, paths, no space), FormatError (tensors missing), UnsupportedError (odd latent sizes).
     """
     if bits not in BITS:
         raise OptionError(f"--bits {bits}: expected one of {', '.join(map(str, BITS))}")
     if block not in BLOCKS:
         raise OptionError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
+    if kv not in CACHE_TYPES:
+        raise OptionError(f"--kv {kv}: expected one of {', '.join(CACHE_TYPES)}")
     config = config_of(checkpoint)
     if config.latent_dim % 2:
         raise UnsupportedError(
@@ -71,11 +73,11 @@ def export_onnx(
 
     with new_folder(out, checkpoint.size_bytes) as folder:
         write_gguf(folder / SETTINGS_FILE, settings_metadata(checkpoint), ())
-        notes = write_settings(folder, checkpoint)  # first, since a damaged vocabulary should not cost an hour
+        notes = write_settings(folder, checkpoint, kv)  # first, since a damaged vocabulary should not cost an hour
         with (folder / TENSOR_FILE).open("xb", buffering=1 << 20) as file:
             g = Builder(TensorFile(file, TENSOR_FILE))
             storage = Storage(g, bits, block)
-            build_decoder(g, config, weights, storage, half_cache=half_cache, done=count)
+            build_decoder(g, config, weights, storage, kv=kv, done=count)
         _write_graph(g.model(__version__), folder / GRAPH_FILE)
         if optimized:
             _optimize(folder)
