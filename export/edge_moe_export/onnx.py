@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from onnx import ModelProto
 
 from edge_moe import __version__
@@ -12,6 +13,7 @@ from edge_moe.errors import OptionError, UnsupportedError
 from edge_moe.files import new_folder
 from edge_moe.models.deepseek2 import config_of, load_weights
 from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
+from edge_moe.weights import Weight
 from edge_moe_export.gguf import write_gguf
 from edge_moe_export.onnx_builder import Builder, TensorFile
 from edge_moe_export.onnx_graph import CACHE_TYPES, build_decoder
@@ -41,13 +43,15 @@ def export_onnx(
     block: int = LOSSLESS_BLOCK,
     kv: str = "fp32",
     optimized: bool = False,
+    importance: Callable[[str, tuple[int, ...]], np.ndarray | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
     """Write the model as an ONNX folder `out`, which appears when it is whole.
 
     `bits` 4 or 8 of the routed experts' weights, each `block` of them with a scale of its own, or 32: f32 and standard
     operators only. `kv`: the latent cache is fp32, fp16 or int8. `optimized`: as onnxruntime packs it for this CPU, for
-    which it takes the model's size in memory. `progress(done, total)` counts layers.
+    which it takes the model's size in memory. `importance(tensor_name, shape)` says for tensors of the file how much
+    errors in their columns count where they are rounded anew, f32[matrices, C]. `progress(done, total)` counts layers.
     Raises OptionError (options, paths, no space), FormatError (tensors missing), UnsupportedError (odd latent sizes).
     """
     if bits not in BITS:
@@ -65,6 +69,9 @@ def export_onnx(
     weights = load_weights(checkpoint)
     steps = 0
 
+    def columns(weight: Weight) -> np.ndarray | None:
+        return importance(checkpoint.tensor_name(weight.name), weight.shape) if importance else None
+
     def count() -> None:
         nonlocal steps
         steps += 1
@@ -76,15 +83,14 @@ def export_onnx(
         notes = write_settings(folder, checkpoint, kv)  # first, since a damaged vocabulary should not cost an hour
         with (folder / TENSOR_FILE).open("xb", buffering=1 << 20) as file:
             g = Builder(TensorFile(file, TENSOR_FILE))
-            storage = Storage(g, bits, block)
+            storage = Storage(g, bits, block, columns)
             build_decoder(g, config, weights, storage, kv=kv, done=count)
         _write_graph(g.model(__version__), folder / GRAPH_FILE)
-        if optimized:
-            _optimize(folder)
+        saved = _optimize(folder) if optimized else ()
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Export(
         sizes,
-        (*_notes(storage), *notes),
+        (*_notes(storage), *notes, *saved),
         {kind: storage.loss.relative_error(kind) for kind in storage.loss.n_weights},
     )
 
@@ -93,8 +99,11 @@ def _write_graph(model: ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _optimize(folder: Path) -> None:
-    """Replace graph and tensors by what onnxruntime makes of them on this CPU: fused, and packed for its kernels."""
+def _optimize(folder: Path) -> tuple[str, ...]:
+    """Replace graph and tensors by what onnxruntime makes of them on this CPU: fused, and packed for its kernels.
+
+    Returns remarks on what that saves: packed weights are mapped from the file instead of made in memory.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -115,9 +124,11 @@ def _optimize(folder: Path) -> None:
     except Exception as error:  # the library's errors have no common type
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise OptionError(f"--optimized: onnxruntime cannot pack the graph: {reason}; export without it") from None
+    packed_bytes = (fresh / TENSOR_FILE).stat().st_size - (folder / TENSOR_FILE).stat().st_size
     for path in fresh.iterdir():
         path.replace(folder / path.name)
     fresh.rmdir()
+    return (f"{packed_bytes / 1e6:.1f} MB of packed weights in the file, which each start would else make in memory",)
 
 
 def _notes(storage: Storage) -> Sequence[str]:
