@@ -445,9 +445,9 @@ BAD_INPUT = [
     ("config.json", lambda f, n: edited(f, n, lambda c: c.update(n_shared_experts=0)), UnsupportedError, "no place"),
     (
         "config.json",
-        lambda f, n: edited(f, n, lambda c: c.update(architectures=["LlamaForCausalLM"])),
+        lambda f, n: edited(f, n, lambda c: c.update(architectures=["GemmaForCausalLM"])),
         UnsupportedError,
-        "LlamaForCausalLM",
+        "GemmaForCausalLM",
     ),
     (
         "config.json",
@@ -461,7 +461,7 @@ BAD_INPUT = [
         UnsupportedError,
         "dynamic",
     ),
-    ("tokenizer.json", remove, UnsupportedError, "has no tokenizer.json, tiktoken.model"),
+    ("tokenizer.json", remove, UnsupportedError, "tokenizer.json: no such file"),
     (
         "tokenizer.json",
         lambda f, n: edited(f, n, lambda t: t["model"].update(type="Unigram")),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from edge_moe_export.convert import convert
 from edge_moe_export.hyperparameters import read_hyperparameters
-from edge_moe_export.vocabularies import read_vocabulary
+from edge_moe_export.vocabularies import deepseek_vocabulary_metadata
 from hf_checkpoints import GOLDEN, hf_tensors, stored, write_hf_checkpoint, write_safetensors
 from reference import read_gguf
 from vocab_files import CHARACTER_OF_BYTE, TEXTS, llama_cpp_tokenizer, real_vocabulary, write_vocabulary
@@ -95,7 +95,7 @@ def kimi_folder(folder, *, vocab_size=N_RANKS + 256 + 4, ranks=None):
 
 def vocabulary(folder):
     config = json.loads((folder / "config.json").read_text())
-    return read_vocabulary(folder, read_hyperparameters(config, folder / "config.json"))
+    return deepseek_vocabulary_metadata(folder, read_hyperparameters(config, folder / "config.json"))
 
 
 def gguf_text(token, alphabet):
@@ -306,11 +306,12 @@ def test_a_tokenizer_json_that_restates_a_sentencepiece_model(tmp_path):
     assert vocabulary(tmp_path / "bytes")["tokenizer.ggml.model"] == "gpt2"
     restated = json.loads((tmp_path / "bytes" / "tokenizer.json").read_text())
     restated["model"]["byte_fallback"] = True
-    restated["added_tokens"] = [
-        {"id": 1, "content": "<s>"},
-        {"id": 2, "content": "</s>"},
-        {"id": 364, "content": "<q>"},
-    ]
+    pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
+    pieces += [f"[PAD{i}]" for i in range(len(pieces), 364)] + ["<q>"]
+    restated["model"] |= {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
+    row = restated["added_tokens"][0]
+    restated["added_tokens"] = [row | {"id": i, "content": pieces[i]} for i in (1, 2, 364)]
+    del restated["post_processor"]
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(restated))
     path = tmp_path / "hf" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<q>"}))
@@ -325,7 +326,7 @@ def test_a_tokenizer_json_that_restates_a_sentencepiece_model(tmp_path):
         ("tokenizer.model", b"", "SentencePiece model"),
         ("tokenizer.model", b"\xff" * 200, "SentencePiece model"),
         ("tokenizer.model", b"YQ== 0\n", "SentencePiece model"),
-        ("added_tokens.json", b'{"<x>": "3"}', "expected a whole number"),
+        ("added_tokens.json", b'{"<x>": "3"}', "has no id"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"3": {"content": 5}}}', "added token '3'"),
     ],
 )

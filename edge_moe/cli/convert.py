@@ -13,9 +13,9 @@ from edge_moe.errors import OptionError
 _PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _DESCRIPTION = """\
-Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind (safetensors in bf16, f16, f32 or fp8, with a
-tokenizer.json, tiktoken.model or tokenizer.model) to one GGUF file. OUT appears when it is complete; until then nothing
-is there or replaced."""
+Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind, or of Llama, Mistral or Mixtral, to one GGUF file: its
+safetensors in bf16, f16, f32 or fp8, and its tokenizer.json, tiktoken.model or tokenizer.model. OUT appears when it is
+complete; until then nothing is there or replaced."""
 
 _EXAMPLES = """\
 examples:

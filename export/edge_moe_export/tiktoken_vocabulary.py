@@ -19,7 +19,7 @@ from edge_moe.errors import FormatError, UnsupportedError
 from edge_moe.tokenizer import Tokenizer
 from edge_moe.vocabulary import CHARACTER_OF_BYTE, TokenKind
 from edge_moe_export.hyperparameters import HyperParameters
-from edge_moe_export.vocabulary import CHECK_TEXT, SpecialTokens, chat_templates, tokenizer_config
+from edge_moe_export.vocabulary import CHECK_TEXT, SpecialTokens, added_tokens, chat_templates, tokenizer_config
 
 N_RESERVED = 256  # ids behind the ranks that are special tokens, named or not
 _CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -67,7 +67,7 @@ def tiktoken_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]:
         "tokenizer.ggml.merges": _merges(ranks),
     }
     _check_splitting(folder, metadata, path)
-    special = SpecialTokens({}, config, {}, path)
+    special = SpecialTokens({}, config, None, path)
     special.take_ids(params)
     return metadata | special.metadata() | chat_templates(folder, config)
 
@@ -103,12 +103,8 @@ def _text(token: bytes) -> str:
 
 def _special_texts(config: Mapping[str, Any], ids: range, folder: Path) -> dict[int, str]:
     """The special tokens' texts by id, those without a name included."""
-    named = {}
-    for text, row in (config.get("added_tokens_decoder") or {}).items():
-        if not text.isdecimal() or not isinstance(row, dict) or not isinstance(row.get("content"), str):
-            raise FormatError(f"{folder}: tokenizer_config.json has an added token {text[:20]!r} without a text")
-        named[int(text)] = row["content"]
-    return {token_id: named.get(token_id, f"<|reserved_token_{token_id}|>") for token_id in ids}
+    named = added_tokens(None, config, folder)
+    return {token_id: named[token_id][0] if token_id in named else f"<|reserved_token_{token_id}|>" for token_id in ids}
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[str]:

@@ -1,17 +1,16 @@
-"""Finds the vocabulary of a Hugging Face folder, of whichever kind it is."""
+"""Finds the vocabulary of a DeepSeek-like checkpoint, of whichever kind it is."""
 
 from pathlib import Path
 from typing import Any
 
-from edge_moe.errors import UnsupportedError
 from edge_moe.safetensors import read_json
 from edge_moe_export.hyperparameters import HyperParameters
-from edge_moe_export.sentencepiece_vocabulary import sentencepiece_metadata
+from edge_moe_export.llama_vocabulary import llama_vocabulary_metadata
 from edge_moe_export.tiktoken_vocabulary import tiktoken_metadata
 from edge_moe_export.vocabulary import vocabulary_metadata
 
 
-def read_vocabulary(folder: Path, params: HyperParameters) -> dict[str, Any]:
+def deepseek_vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]:
     """All `tokenizer.` keys, from tokenizer.json, tiktoken.model or tokenizer.model.
 
     A tokenizer.json that only restates a SentencePiece model gives way to that.
@@ -21,14 +20,10 @@ def read_vocabulary(folder: Path, params: HyperParameters) -> dict[str, Any]:
         (folder / name).is_file() for name in ("tokenizer.json", "tiktoken.model", "tokenizer.model")
     )
     if has_sentencepiece and not (has_json and _is_byte_level(folder / "tokenizer.json")):
-        return sentencepiece_metadata(folder, params)
-    if has_json:
-        return vocabulary_metadata(folder, params)
-    if has_tiktoken:
+        return llama_vocabulary_metadata(folder, params)
+    if has_tiktoken and not has_json:
         return tiktoken_metadata(folder, params)
-    raise UnsupportedError(
-        f"{folder}: has no tokenizer.json, tiktoken.model or tokenizer.model; one of them must be beside the weights"
-    )
+    return vocabulary_metadata(folder, params)
 
 
 def _is_byte_level(path: Path) -> bool:

@@ -36,12 +36,33 @@ _NAMES_BY_HASH = {
     "cdf5f35325780597efd76153d4d1c16778f766173908894c04afc20108536267": "glm4",
     "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
     "ad851be1dba641f2e3711822f816db2c265f788b37c63b4e1aeacb9ee92de8eb": "gigachat",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
+    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+    "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
+    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
+    "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
+    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
+    "1431a23e583c97432bc230bff598d103ddb5a1f89960c8f1d1051aaa944d0b35": "minerva-7b",
+    "1994ffd01900cfb37395608534236ecd63f2bd5995d6cb1004dda1af50240f15": "trillion",
+    "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
+    "f6791d196f87ce6b56a7d234be618e0d58f8cda3549416635b2bebcd22cd95c4": "midm-2.0",
+    "d4c8f286ea6b520b3d495c4455483cfa2302c0cfcd4be05d781b6a8a0a7cdaf1": "megrez",
+    "4a2e2abae11ca2b86d570fc5b44be4d5eb5e72cc8f22dd136a94b37da83ab665": "kormo",
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "b6dc8df998e1cfbdc4eac8243701a65afe638679230920b50d6f17d81c098166": "olmo",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "36f3066e97b7f3994b379aaacde306c1444c6ae84e81a5ae3cd2b7ed3b8c42d4": "minicpm5",
+    "4e2b24cc4770243d65a2c9ec19770a72f08cffc161adbb73fcbb6b7dd45a0aae": "exaone",
 }
 # Others are known by their regular expressions. "gpt-2" stands for the one that is built into ByteLevel.
 _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACE
 _NAMES_BY_PATTERNS = {
     ("gpt-2",): "gpt-2",
+    ("a digit", "gpt-2"): "smollm",
     (_LLAMA3,): "dbrx",
     (_LLAMA3.replace("{1,3}", ""),): "qwen2",
     (
@@ -56,24 +77,24 @@ _NAMES_BY_PATTERNS = {
 def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]:
     """All `tokenizer.` keys. Raises FormatError (damaged) and UnsupportedError (no byte-level BPE)."""
     path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnsupportedError(
+            f"{path}: no such file; convert needs a tokenizer.json, tokenizer.model or (of Kimi) tiktoken.model there"
+        )
     tokenizer = read_json(path)
     config = tokenizer_config(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         kind = model.get("type") if isinstance(model, dict) else model
         raise UnsupportedError(f"{path}: its model is {str(kind)[:40]!r}, only byte-level BPE is read here")
-    try:
-        loaded = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no type of its own
-        raise FormatError(f"{path}: is no tokenizer ({str(error)[:80]}); download the file again") from None
-    added = _added_tokens(loaded, config, folder)
+    loaded = load_tokenizer(path)
+    added = added_tokens(loaded, config, folder)
     tokens, kinds = _tokens(loaded, added, params.integer("vocab_size"), path)
-    ids_by_text = {row.content: token_id for token_id, row in loaded.get_added_tokens_decoder().items()}
-    special = SpecialTokens(tokenizer, config, ids_by_text, path)
+    special = SpecialTokens(tokenizer, config, loaded, path)
     special.take_ids(params)
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer, loaded, special.texts.get("bos")),
+        "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer, loaded, special.texts.get("bos"), params),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array(kinds, np.int32),
         "tokenizer.ggml.merges": _merges(model, path),
@@ -88,12 +109,21 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json as the library has it. Raises FormatError."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no type of its own
+        raise FormatError(f"{path}: is no tokenizer ({str(error)[:80]}); download the file again") from None
+
+
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _added_tokens(loaded: Tokenizer, config: Mapping[str, Any], folder: Path) -> dict[int, tuple[str, bool]]:
+def added_tokens(loaded: Tokenizer | None, config: Mapping[str, Any], folder: Path) -> dict[int, tuple[str, bool]]:
     """Tokens beside the merges: text, and whether it is special, by the id that the tokenizers library gives them."""
-    added = {token_id: (row.content, row.special) for token_id, row in loaded.get_added_tokens_decoder().items()}
+    rows = loaded.get_added_tokens_decoder() if loaded else {}
+    added = {token_id: (row.content, row.special) for token_id, row in rows.items()}
     for text, row in (config.get("added_tokens_decoder") or {}).items():
         if not text.isdecimal() or not isinstance(row, dict) or not isinstance(row.get("content"), str):
             raise FormatError(f"{folder}: tokenizer_config.json has an added token {text[:20]!r} without a text")
@@ -152,19 +182,18 @@ def _merges(model: Mapping[str, Any], path: Path) -> list[str]:
 
 
 class SpecialTokens:
-    """The ids of special tokens by role, and which of them a text begins or ends with.
-
-    `tokenizer` is what tokenizer.json holds, `ids_by_text` its added tokens, `config` tokenizer_config.json.
-    """
+    """The ids of special tokens by role, and which of them a text begins or ends with."""
 
     def __init__(
-        self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], ids_by_text: Mapping[str, int], path: Path
+        self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], loaded: Tokenizer | None, path: Path
     ) -> None:
+        """Of a tokenizer.json and what the library makes of it, where there is one, and a tokenizer_config.json."""
         self.ids: dict[str, int] = {}
         self.added_at_ends: dict[str, bool] = {}
-        self._added = ids_by_text
+        rows = loaded.get_added_tokens_decoder().items() if loaded else ()
+        self._added = {row.content: token_id for token_id, row in rows}
         roles = ("bos", "eos", "unk", "sep", "pad", "mask")
-        self.texts = {role: text for role in roles if (text := _text_of(config.get(f"{role}_token")))}
+        self.texts = {role: text for role in roles if (text := text_of(config.get(f"{role}_token")))}
         post = tokenizer.get("post_processor") or {}
         for processor in post.get("processors", [post]):
             if processor.get("type") == "ByteLevel":
@@ -212,7 +241,7 @@ class SpecialTokens:
                 self.ids[role] = token_id
         for role in ("bos", "eos", "unk", "sep", "pad", "mask"):
             token_id = params.get(f"{role}_token_id")
-            if type(token_id) is int and token_id >= 0:
+            if type(token_id) is int and 0 <= token_id < params.integer("vocab_size"):
                 self.ids.setdefault(role, token_id)
         if params.architecture == "Glm4MoeLiteForCausalLM":
             family = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
@@ -221,13 +250,12 @@ class SpecialTokens:
                     self.ids.setdefault(role, self._added[text])
 
     def metadata(self) -> dict[str, Any]:
-        """The keys that say so."""
-        return {f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in self.ids.items()} | {
-            f"tokenizer.ggml.add_{role}_token": flag for role, flag in self.added_at_ends.items()
-        }
+        """The keys of what was found."""
+        ids = {f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in self.ids.items()}
+        return ids | {f"tokenizer.ggml.add_{role}_token": flag for role, flag in self.added_at_ends.items()}
 
 
-def _text_of(token: object) -> str | None:
+def text_of(token: object) -> str | None:
     """The text of a token that tokenizer_config.json gives as a text or an object."""
     if isinstance(token, dict):
         token = token.get("content")
@@ -242,7 +270,9 @@ def _special_of(item: Mapping[str, Any]) -> str | None:
 # ---- how text is split, and chats -----------------------------------------------------------------------------------
 
 
-def _pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None) -> str:
+def _pre_tokenizer(
+    path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None, params: HyperParameters
+) -> str:
     """The name that `tokenizer.ggml.pre` has for this tokenizer's splitting rules."""
     ids = loaded.encode(CHECK_TEXT).ids
     # The hashes were made with transformers, which adds the first token by tokenizer_config.json instead of the file.
@@ -254,7 +284,8 @@ def _pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, 
     patterns = _patterns(tokenizer.get("pre_tokenizer") or {})
     name = _NAMES_BY_PATTERNS.get(tuple(patterns))
     if name == "dbrx" and tokenizer["model"].get("ignore_merges"):
-        name = "glm4"  # the same pattern, with words that are tokens taken whole
+        # the same pattern, with words that are tokens taken whole
+        name = "llama-bpe" if params.gguf_architecture == "llama" else "glm4"
     if name is None:
         raise UnsupportedError(
             f"{path}: its pre-tokenizer is none that is known here; "
@@ -271,6 +302,8 @@ def _patterns(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     if kind == "ByteLevel":
         space = ["a space before the text"] if pre_tokenizer.get("add_prefix_space") else []
         return space + (["gpt-2"] if pre_tokenizer.get("use_regex", True) else [])
+    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+        return ["a digit"]
     pattern = pre_tokenizer.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     is_plain = kind == "Split" and pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
