@@ -440,7 +440,7 @@ BAD_INPUT = [
         "quantization",
     ),
     ("config.json", lambda f, n: edited(f, n, lambda c: c.update(rope_scaling=[1])), FormatError, "rope_scaling"),
-    ("config.json", lambda f, n: edited(f, n, lambda c: c.update(kv_lora_rank=31)), FormatError, "kv_a"),
+    ("config.json", lambda f, n: edited(f, n, lambda c: c.update(kv_lora_rank=31)), FormatError, "kv_b_proj"),
     ("config.json", lambda f, n: edited(f, n, lambda c: c.update(num_hidden_layers=4)), FormatError, "missing"),
     ("config.json", lambda f, n: edited(f, n, lambda c: c.update(n_shared_experts=0)), UnsupportedError, "no place"),
     (

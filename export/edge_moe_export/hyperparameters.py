@@ -116,7 +116,6 @@ class HyperParameters:
         for theirs, ours in (
             ("extrapolation_factor", "yarn_ext_factor"),
             ("attn_factor", "yarn_attn_factor"),
-            ("attn_factor", "yarn_attn_factor"),
             ("attention_factor", "yarn_attn_factor"),
             ("beta_fast", "yarn_beta_fast"),
             ("beta_slow", "yarn_beta_slow"),
