@@ -5,11 +5,12 @@ import json
 import gguf
 import numpy as np
 import pytest
+from deepseek_checkpoints import CARD, SAMPLING, fp8_checkpoint
 from edge_moe_export.convert import convert
 from edge_moe_export.hyperparameters import read_hyperparameters
 from edge_moe_export.naming import parts_of_name
 from edge_moe_export.vocabulary import vocabulary_metadata
-from hf_checkpoints import GOLDEN, hf_tensors, stored, write_hf_checkpoint, write_safetensors
+from hf_checkpoints import GOLDEN, e4m3, hf_tensors, stored, write_hf_checkpoint, write_safetensors
 from reference import ReferenceModel, read_gguf
 
 import edge_moe
@@ -135,14 +136,6 @@ def test_end_of_turn_and_separators(tmp_path):
 # ---- FP8 ------------------------------------------------------------------------------------------------------------
 
 
-def e4m3(code):
-    """One byte of FP8 E4M3 as a number, written after its definition."""
-    sign, exponent, mantissa = (-1) ** (code >> 7), code >> 3 & 15, code & 7
-    if exponent == 15 and mantissa == 7:
-        return float("nan")
-    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
-
-
 def test_fp8_with_block_scales(tmp_path):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (300, 200), dtype=np.uint8)
@@ -158,35 +151,6 @@ def test_fp8_with_block_scales(tmp_path):
     np.testing.assert_array_equal(model.decode("w"), expected)
     for start, stop in ((0, 1), (127, 129), (100, 300), (256, 300)):
         np.testing.assert_array_equal(model.decode("w", start, stop), expected[start:stop])
-
-
-def fp8_checkpoint(folder, golden, block):
-    """A golden model whose projections are FP8 with one scale per block -> what they decode to, by name."""
-    config = write_hf_checkpoint(folder, golden)
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block], "fmt": "e4m3"}
-    (folder / "config.json").write_text(json.dumps(config))
-    _, tensors = read_gguf(GOLDEN / f"{golden}.gguf")
-    numbers = np.array([e4m3(code) for code in range(127)], np.float32)  # the positive ones, ascending
-    everything, decoded = {}, {}
-    for name, value in hf_tensors(tensors).items():
-        decoded[name] = value
-        everything[name] = ("F32", value)
-        if name.endswith("_proj.weight") and "eh_proj" not in name:
-            n_rows, n_cols = (-(-size // block) for size in value.shape)
-            scales = np.empty((n_rows, n_cols), np.float32)
-            codes = np.empty(value.shape, np.uint8)
-            decoded[name] = np.empty_like(value)
-            for i in range(n_rows):
-                for j in range(n_cols):
-                    at = np.s_[i * block : (i + 1) * block, j * block : (j + 1) * block]
-                    scales[i, j] = np.abs(value[at]).max() / 448
-                    nearest = np.abs(np.abs(value[at])[..., None] / scales[i, j] - numbers).argmin(-1)
-                    codes[at] = nearest | np.where(value[at] < 0, 128, 0)
-                    decoded[name][at] = np.where(value[at] < 0, -1, 1) * numbers[nearest] * scales[i, j]
-            everything[name] = ("F8_E4M3", codes)
-            everything[f"{name}_scale_inv"] = ("F32", scales)
-    write_safetensors(folder / "model.safetensors", everything)
-    return decoded
 
 
 def test_an_fp8_checkpoint(tmp_path):
@@ -259,46 +223,19 @@ def test_the_card_names_the_model_before_the_folder_does(tmp_path):
     assert keys["general.author"] == "Someone"
 
 
-CARD = """---
-license: [mit, other]
-license_name: modified # by a comment
-base_model:
-- some-org/Some-Model-v2-Chat
-- https://huggingface.co/another/Base-7B-v1.5
-- https://example.org/else
-- "plain-name"
-- {name: Own, author: Me, repo_url: "https://example.org/own", more: 1}
-datasets: org/Text
-model_creator: Some Org
-author:
-model_type: Tiny
-url: https://example.org/model
-model_doi: 10.1/2
-description: >-
-  two
-  lines
-language:
-- en
-- no
-tags: [moe, 1]
-pipeline_tag: text-generation
----
-# Title
-"""
-
-
 def test_a_card_with_origins(tmp_path):
-    """As llama.cpp's converter writes it; checked against that by hand."""
     folder = tmp_path / "tiny"
     write_hf_checkpoint(folder, "v2_lite")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
-    sampling = {"repetition_penalty": 1.1, "mirostat": 2, "min_p": 0.1, "sequence": "k;p", "penalty_last_n": 64}
-    (folder / "generation_config.json").write_text(json.dumps(sampling), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(SAMPLING), encoding="utf-8")
     convert(folder, tmp_path / "model.gguf", "q8_0")
     keys = {key: value for key, value in read_gguf(tmp_path / "model.gguf")[0].items() if key.startswith("general.")}
     for key in ("architecture", "type", "file_type", "quantization_version"):
         del keys[f"general.{key}"]
     assert keys == {
+        "general.sampling.top_k": 20,
+        "general.sampling.top_p": np.float32(0.95),
+        "general.sampling.temp": np.float32(0.3),
         "general.sampling.penalty_repeat": np.float32(1.1),
         "general.sampling.mirostat": 2,
         "general.sampling.min_p": np.float32(0.1),
@@ -311,6 +248,7 @@ def test_a_card_with_origins(tmp_path):
         "general.size_label": "8x39K",
         "general.license": "mit,other",
         "general.license.name": "modified",
+        "general.license.link": "https://example.org/L",
         "general.source.url": "https://example.org/model",
         "general.source.doi": "10.1/2",
         "general.base_model.count": 5,
@@ -330,7 +268,7 @@ def test_a_card_with_origins(tmp_path):
         "general.dataset.0.name": "Text",
         "general.dataset.0.organization": "Org",
         "general.dataset.0.repo_url": "https://huggingface.co/org/Text",
-        "general.tags": ["moe", "text-generation"],
+        "general.tags": ["moe", "1", "text-generation"],
         "general.languages": ["en", "no"],
     }
 
