@@ -172,6 +172,20 @@ def test_what_the_answers_lose_is_reported(tmp_path, capsys):
     assert f"KL divergence from {model}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kv", "head_size", "number"), [("fp32", 20, "float"), ("fp16", 20, "float16"), ("int8", 25, "int8")]
+)
+def test_the_kind_of_cache_is_an_option(kv, head_size, number, tmp_path, capsys):
+    model, out = str(GOLDEN / "v3.gguf"), tmp_path / "out"
+    assert main(["export", "onnx", model, str(out), "--block", "16", "--kv", kv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv"] == kv
+    assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["head_size"] == head_size
+    graph = onnx.load(str(out / "model.onnx"), load_external_data=False).graph
+    past = next(each for each in graph.input if each.name == "past_key_values.2.value").type.tensor_type
+    assert onnx.helper.tensor_dtype_to_string(past.elem_type) == f"TensorProto.{number.upper()}"
+    assert main(["run", str(out), "the", "-n", "4", "--temp", "0"]) == 0
+
+
 def test_packed_graph_says_what_it_saves(tmp_path, capsys):
     model = str(embedded_model_path())
     assert main(["export", "onnx", model, str(tmp_path / "out"), "--bits", "8", "--optimized"]) == 0
