@@ -140,7 +140,10 @@ class Decoder:
             return g.op("Cast", rows, to=TensorProto.FLOAT)
         codes, steps = g.ops("Split", 2, rows, g.ints(self.half, int8_row(self.c).n_scales), axis=-1)
         scales = g.op("Exp", g.op("Mul", g.op("Cast", steps, to=TensorProto.FLOAT), g.scalar(INT8_STEP)))
-        return g.op("DequantizeLinear", codes, scales, axis=-1, block_size=int8_row(self.c).block)
+        # DequantizeLinear by blocks, which says the same, takes four times as long
+        blocks = g.op("Reshape", codes, g.ints(0, 0, 0, int8_row(self.c).n_scales, int8_row(self.c).block))
+        values = g.op("Mul", g.op("Cast", blocks, to=TensorProto.FLOAT), g.op("Unsqueeze", scales, g.ints(4)))
+        return g.op("Reshape", values, g.ints(0, 0, 0, self.half))
 
     def attend(self, query: str, latent: list[str]) -> str:
         """Latents weighted by softmax, all heads in one product. query [B,H,T,R+P] -> [B,H,T,R].
