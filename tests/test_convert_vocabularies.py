@@ -1,5 +1,6 @@
 """Vocabularies beside tokenizer.json: tiktoken.model as Moonlight and Kimi-K2 have it, and SentencePiece models."""
 
+import hashlib
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from deepseek_checkpoints import N_RANKS, SENTENCEPIECE_MODEL, kimi_folder, sent
 from edge_moe_export.convert import convert
 from edge_moe_export.hyperparameters import read_hyperparameters
 from edge_moe_export.vocabularies import deepseek_vocabulary_metadata
+from edge_moe_export.vocabulary import CHECK_TEXT
 from hf_checkpoints import write_hf_checkpoint
 from vocab_files import CHARACTER_OF_BYTE, TEXTS, llama_cpp_tokenizer, real_vocabulary, write_vocabulary
 
@@ -106,6 +108,20 @@ def test_tiktoken_tokens_are_those_of_llama_cpp(tmp_path):
                 assert ids == theirs.encode(text, parse_special=parse_special), text
         assert ours.eos_ids == theirs.eos_ids
         assert (ours.add_bos, ours.add_eos) == theirs.adds
+
+
+def test_a_known_vocabulary_needs_no_module(tmp_path, monkeypatch):
+    """It is known by the hash of the tokens of one text, as llama.cpp's converter knows it."""
+    kimi_folder(tmp_path / "hf")
+    keys = vocabulary(tmp_path / "hf")
+    with llama_cpp_tokenizer(write_vocabulary(tmp_path / "vocabulary.gguf", keys)) as theirs:
+        ids = theirs.encode(CHECK_TEXT, parse_special=True)
+    (tmp_path / "hf" / "tokenization_moonshot.py").unlink()
+    with pytest.raises(UnsupportedError, match="says how text is split"):
+        vocabulary(tmp_path / "hf")
+    known = hashlib.sha256(str(ids).encode()).hexdigest()
+    monkeypatch.setattr("edge_moe_export.tiktoken_vocabulary._KIMI_HASH", known)
+    assert vocabulary(tmp_path / "hf")["tokenizer.ggml.pre"] == "kimi-k2"
 
 
 def test_a_kimi_checkpoint_runs(tmp_path):
