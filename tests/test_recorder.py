@@ -106,8 +106,8 @@ def test_a_pass_that_computes_by_itself_is_noticed():
         return ops.embed(recorded.weights.embed_tokens, token_ids + 1)
 
     cache = model.new_cache(4)
-    program = Program(compute, cache)
-    wrong = [program.run(i, 0, 1) for i in (1, 2)]
+    program = Program(compute, cache, 1)
+    wrong = [program.run(i, 0) for i in (1, 2)]
     assert np.array_equal(wrong[0], wrong[1])
 
 

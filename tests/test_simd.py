@@ -107,14 +107,36 @@ def test_table_lookup():
 
 
 @numba.njit
-def _bits(a, out):
-    store(out, simd.bits_to_bytes(load(types.uint32, a), load(types.uint32, a + 4), 16))
+def _bits(codes, words, out):
+    found = simd.add_bits(load(u8x64, codes), load(types.uint32, words), load(types.uint32, words + 4), 16)
+    store(out, found)
 
 
-def test_bits_to_bytes():
-    words = np.random.default_rng(3).integers(0, 2**32, 2, dtype=np.uint32)
-    found = apply(_bits, words, result=np.empty(64, np.uint8))
-    np.testing.assert_array_equal(found, 16 * np.unpackbits(words.view(np.uint8), bitorder="little"))
+def test_add_bits():
+    rng = np.random.default_rng(3)
+    codes, words = rng.integers(0, 16, 64, dtype=np.uint8), rng.integers(0, 2**32, 2, dtype=np.uint32)
+    found = apply(_bits, codes, words, result=np.empty(64, np.uint8))
+    np.testing.assert_array_equal(found, codes + 16 * np.unpackbits(words.view(np.uint8), bitorder="little"))
+
+
+_left, _right = simd.shifter((-4, -2, 0, 0)), simd.shifter((0, 0, 4, 6))
+_some_bits = simd.masker((15, 240))
+
+
+@numba.njit
+def _shift_and_mask(a, out):
+    v = load(simd.u16x16, a)
+    store(out, _left(v))
+    store(out + 32, _right(v))
+    store(out + 64, _some_bits(v))
+
+
+def test_shifts_and_masks_of_parts():
+    a = np.random.default_rng(7).integers(0, 2**16, 16, dtype=np.uint16)
+    left, right, masked = apply(_shift_and_mask, a, result=np.empty((3, 16), np.uint16))
+    np.testing.assert_array_equal(left, a << np.repeat([4, 2, 0, 0], 4).astype(np.uint16))
+    np.testing.assert_array_equal(right, a >> np.repeat([0, 0, 4, 6], 4).astype(np.uint16))
+    np.testing.assert_array_equal(masked, a & np.repeat([15, 240], 8).astype(np.uint16))
 
 
 @numba.njit

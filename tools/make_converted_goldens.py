@@ -1,11 +1,12 @@
-"""Makes tests/golden_llama/converted.json: what llama.cpp's convert_hf_to_gguf.py writes for small checkpoints.
+"""Makes golden_llama/converted.json and golden/converted.json in tests: what llama.cpp's converter writes.
 
-    python -m pip install -r tools/requirements-goldens.txt sentencepiece
+    python -m pip install -r tools/requirements-goldens.txt sentencepiece tiktoken
     python tools/make_converted_goldens.py LLAMA_CPP_FOLDER
 
-Of each checkpoint of tests/llama_checkpoints.py and each type the file has all keys, and of each tensor its type, shape
-and SHA-256. llama.cpp knows the pre-tokenizers of published models by a hash, which no small vocabulary has: here it is
-told "gpt-2". `--tokenizer` makes the SentencePiece model anew that these checkpoints have, from the README.
+Of each checkpoint of tests/llama_checkpoints.py and tests/deepseek_checkpoints.py and each type the files have all
+keys, and of each tensor its type, shape and SHA-256. llama.cpp knows the pre-tokenizers of published models by a hash,
+which no small vocabulary has: here it is told "gpt-2", or "kimi-k2". Of DeepSeek's kind it reads no SentencePiece: here
+it takes Llama's way. `--tokenizer` makes the SentencePiece model anew that these checkpoints have, from the README.
 """
 
 import argparse
@@ -61,7 +62,15 @@ def converted(folder, out, kind):
 
     hparams = ModelBase.load_hparams(folder, False)
     model_class = get_model_class(hparams["architectures"][0])
-    model_class.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    is_kimi = (folder / "tiktoken.model").exists()
+    model_class.get_vocab_base_pre = lambda self, tokenizer: "kimi-k2" if is_kimi else "gpt-2"
+    model_class.no_mtp = True
+    if (folder / "tokenizer.model").exists() and model_class.__name__ == "DeepseekV2Model":
+        model_class = type(
+            "WithSentencePiece",
+            (model_class,),
+            {"set_vocab": model_class._set_vocab_sentencepiece, "model_arch": model_class.model_arch},
+        )
     model_class(folder, gguf.LlamaFileType[TYPES[kind]], out, use_temp_file=False, eager=True).write()
     reader = gguf.GGUFReader(out)
     keys = {key: plain(field.contents()) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -88,19 +97,28 @@ def main():
     if args.tokenizer:
         make_tokenizer()
     sys.path[:0] = [str(args.llama_cpp / "gguf-py"), str(args.llama_cpp)]
+    from deepseek_checkpoints import CHECKPOINTS as DEEPSEEK
+    from deepseek_checkpoints import described
     from llama_checkpoints import CHECKPOINTS, write_llama_checkpoint
 
-    goldens = {}
+    goldens, deepseek = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "out.gguf")
         for name in CHECKPOINTS:
             folder = write_llama_checkpoint(Path(scratch, name), name)
             goldens[name] = {}
             for kind in TYPES:
-                keys, tensors = converted(folder, Path(scratch, "out.gguf"), kind)
+                keys, tensors = converted(folder, out, kind)
                 goldens[name].setdefault("keys", keys)
                 goldens[name][kind] = {"file_type": keys["general.file_type"], "tensors": tensors}
-    text = json.dumps(goldens, ensure_ascii=False, indent=0)
-    (GOLDEN / "converted.json").write_text(text + "\n", encoding="utf-8")
+        for name, write in DEEPSEEK.items():
+            write(Path(scratch, name))
+            for kind in ("bf16", "q8_0"):
+                converted(Path(scratch, name), out, kind)
+                deepseek[f"{name} {kind}"] = described(out)
+    for path, document in ((GOLDEN, goldens), (ROOT / "tests" / "golden", deepseek)):
+        text = json.dumps(document, ensure_ascii=False, indent=0)
+        (path / "converted.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from edge_moe.weights import Weight
 Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
 
 
-EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 1024  # from so many on making keys and values costs less than it saves
+EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 256  # from so many on making keys and values costs less than it saves
 _EXPANDED_TOKENS = 512  # of the context at a time
 
 
@@ -69,8 +69,8 @@ class CpuBackend:
             return compute(self, token_ids, cache, all_logits)
         program = self._programs.get(cache)
         if program is None:
-            program = self._programs[cache] = Program(compute, cache, self.store)
-        return program.run(int(token_ids[0]), cache.length, self.threads)
+            program = self._programs[cache] = Program(compute, cache, self.threads, self.store)
+        return program.run(int(token_ids[0]), cache.length)
 
     def rotations(
         self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float

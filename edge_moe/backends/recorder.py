@@ -19,9 +19,7 @@ from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_b
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.launch import compiled_address
-from edge_moe.kernels.products import UNIT_BYTES
 from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
-from edge_moe.kernels.tiles import TILE_ROWS
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache
@@ -45,8 +43,9 @@ def _bits(value: float) -> int:
 class Program:
     """A recorded pass: `run(token_id, position)` gives the logits f32[1,vocab] of one token."""
 
-    def __init__(self, compute: Compute, cache: TokenCache, store: ExpertStore | None = None) -> None:
-        recorder = Recorder(store)
+    def __init__(self, compute: Compute, cache: TokenCache, threads: int, store: ExpertStore | None = None) -> None:
+        recorder = Recorder(threads, store)
+        self._threads = threads
         self._token_ids = np.zeros(1, np.int64)
         self._logits = compute(recorder, self._token_ids, cache, False)
         self._rotate = recorder.rotate
@@ -56,7 +55,7 @@ class Program:
             for are_calls, part in groupby(recorder.steps, callable)
         ]
 
-    def run(self, token_id: int, position: int, threads: int) -> np.ndarray:
+    def run(self, token_id: int, position: int) -> np.ndarray:
         """The token at `position`, the cache holding all before it -> a new f32[1,vocab]."""
         self._token_ids[0] = token_id
         for rotate in self._rotate:
@@ -65,7 +64,7 @@ class Program:
         for part in self._parts:
             if isinstance(part, np.ndarray):
                 if not is_done:
-                    run_program(part, sleep_function(), threads)
+                    run_program(part, sleep_function(), self._threads)
             else:
                 for call in part:
                     is_done = bool(call())
@@ -75,13 +74,13 @@ class Program:
 class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
-    def __init__(self, store: ExpertStore | None = None) -> None:
+    def __init__(self, threads: int, store: ExpertStore | None = None) -> None:
         """With a store, what it does for a token are calls of Python between the steps.
 
         One that returns True has done what the steps up to the next call would do.
         """
         self.steps: list[tuple[int, ...] | Callable[[], object]] = []
-        self._store = store
+        self._threads, self._store = threads, store
         self.keep: list[object] = []
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
@@ -376,15 +375,13 @@ class Recorder:
         steps run; without a stack the ids are addresses.
         """
         n_cols, row_bytes = weight.shape[-1], weight.row_bytes
-        unit_rows = max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)  # more than a panel has: no panel is wanted
-        plan, n_units, operations = [0, len(groups), n_cols, row_bytes, unit_rows, _address(records), 0, 0], 0, 0
+        plan, rows_end = [0, len(groups), n_cols, row_bytes, self._threads, _address(records), 0, 0], 0
         for address, n_rows, record, out in groups:
-            n_units += -(-n_rows // unit_rows)
-            operations += n_rows * n_cols
+            rows_end += n_rows
             # the kernel writes record m's results m * n_rows floats behind the address given
-            plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, n_units, 0)
+            plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, rows_end, 0)
         choices = [self._step(steps.choose_step, [0] * 7) for _ in chosen]
-        numbers = self._step(units.product_units, plan, TAGS[weight.format.name], operations if n_units > 1 else 0)
+        numbers = self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
         field = _address(numbers) + 8 * units.GROUPS
         for (ids, stack), choice in zip(chosen, choices, strict=True):
             first, stride = (stack.address, stack.stride_bytes or stack.matrix_bytes) if stack is not None else (0, 1)

@@ -2,7 +2,8 @@
 
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
-are filled up with zeros to a multiple of 64, so that a pair of blocks always fits. For panels, the records of a few
+are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
+groups of 32, or two of 256. For panels, the records of a few
 tokens are interleaved to a tile.
 """
 
@@ -37,6 +38,13 @@ def padded_columns(n_cols):
 
 
 @both_sides
+def _summed_columns(n_cols, group):
+    """Columns for which there are scales and sums."""
+    most = 127 if group == 32 else 511
+    return (n_cols + most) & ~most
+
+
+@both_sides
 def scales_offset(n_cols):
     """Where in a record the scales start, in bytes."""
     return padded_columns(n_cols)
@@ -45,13 +53,13 @@ def scales_offset(n_cols):
 @both_sides
 def sums_offset(n_cols, group):
     """Where in a record the sums start, in bytes."""
-    return padded_columns(n_cols) + padded_columns(n_cols) // group * 4
+    return padded_columns(n_cols) + _summed_columns(n_cols, group) // group * 4
 
 
 @both_sides
 def record_bytes(n_cols, group):
     """Bytes from one token's record to the next, a multiple of 64."""
-    return (sums_offset(n_cols, group) + padded_columns(n_cols) // 8 + 63) & ~63
+    return (sums_offset(n_cols, group) + _summed_columns(n_cols, group) // 8 + 63) & ~63
 
 
 @inline_kernel
@@ -75,10 +83,10 @@ def _quantize_row(x, record, n_cols, group):
         store(scales + start // group * 4, scale)
         if group == 32:
             store(sums + start // 8, types.float32(group_sum) * scale)
-    if n_cols & 63:
-        _store_zeros(record + n_cols, 32)
-        _store_zeros(scales + n_cols // 8, 4)
-        _store_zeros(sums + n_cols // 8, 4)
+    _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
+    missing = _summed_columns(n_cols, group) - n_cols
+    _store_zeros(scales + n_cols // group * 4, missing // group * 4)
+    _store_zeros(sums + n_cols // 8, missing // 8)
 
 
 @inline_kernel

@@ -4,9 +4,11 @@ Three families share their products: floats; blocks of 32 with one scale (a pair
 superblocks of 256 with integer scales for each 16 or 32 columns. A format is a few functions registered by `method`:
 
 - floats: `load(address) -> f32x16`, `load_one(address) -> f32`
-- blocks of 32: `codes(first, second)`, `factors(block)` -> (scale, minimum): value = scale * code + minimum
-- superblocks: `codes(block, chunk)` for 64 columns, `scales(block)` -> (d, dmin, scales i16x16, minimums i16x16), each
-  for 16 columns: value = d * scale * code - dmin * minimum
+- blocks of 32: `codes(first, second)`; value = scale * (code - offset), or scale * code + minimum where `offset` is
+  None: the scale is the block's first number in f16, the minimum its second
+- superblocks: `codes(block, chunk)` for 64 columns, `scales_of_two(a, b)` -> (scales i16x32, minimums i16x32) of two
+  superblocks, each for 16 columns: value = d * scale * code - dmin * minimum; d is the f16 at `d_offset`, dmin the one
+  behind it, or d again
 
 Codes are u8x64 in the order of the columns; formats with signed codes return `stored_sign(codes)`.
 
@@ -22,22 +24,25 @@ from numba.extending import models, overload_method, register_model
 from edge_moe.kernels.dots import SIGN_BIAS, stored_sign
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
-    bits_to_bytes,
+    add_bits,
     convert,
     f32x16,
     from_bfloat,
     from_half,
+    hidden,
     i8x16,
     i16x16,
+    i16x32,
     join,
     load,
     load_bfloat,
     load_half,
+    low_half,
+    masker,
     picker,
     shifter,
     splat,
     table_lookup,
-    u8x8,
     u8x16,
     u8x32,
     u8x64,
@@ -70,9 +75,19 @@ class BlockFormat(FormatTag):
 
     group = 32
 
+    def __init__(self, format_name: str, block_bytes: int, max_code: int, offset: int | None) -> None:
+        super().__init__(format_name, block_bytes, max_code)
+        self.offset = offset
+
 
 class SuperblockFormat(FormatTag):
     """Superblocks of 256 columns."""
+
+    def __init__(
+        self, format_name: str, block_bytes: int, max_code: int, group: int, d_offset: int, has_dmin: bool = False
+    ) -> None:
+        super().__init__(format_name, block_bytes, max_code, group)
+        self.d_offset, self.has_dmin = d_offset, has_dmin
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -80,12 +95,12 @@ for _family in (FloatFormat, BlockFormat, SuperblockFormat):
 
 SIGNED = -1
 F32, F16, BF16 = FloatFormat("F32", 4), FloatFormat("F16", 2), FloatFormat("BF16", 2)
-Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15), BlockFormat("Q4_1", 20, 15)
-Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31), BlockFormat("Q5_1", 24, 31)
-Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED), BlockFormat("IQ4_NL", 18, SIGNED)
-Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16), SuperblockFormat("Q3_K", 110, 7, 16)
-Q4_K, Q5_K = SuperblockFormat("Q4_K", 144, 15, 32), SuperblockFormat("Q5_K", 176, 31, 32)
-Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16), SuperblockFormat("IQ4_XS", 136, SIGNED, 32)
+Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15, 8), BlockFormat("Q4_1", 20, 15, None)
+Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31, 16), BlockFormat("Q5_1", 24, 31, None)
+Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED, SIGN_BIAS), BlockFormat("IQ4_NL", 18, SIGNED, SIGN_BIAS)
+Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108)
+Q4_K, Q5_K = SuperblockFormat("Q4_K", 144, 15, 32, 0, True), SuperblockFormat("Q5_K", 176, 31, 32, 0, True)
+Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
 
 TAGS: dict[str, FormatTag] = {
     tag.format_name: tag
@@ -123,7 +138,14 @@ def _block_codes(fmt, first, second):
 
 @overload_method(BlockFormat, "factors")
 def _block_factors(fmt, block):
-    return _METHODS[fmt.format_name, "factors"]
+    offset = fmt.offset
+
+    def factors(fmt, block):
+        """(scale, minimum): value = scale * code + minimum."""
+        scale = load_half(block)
+        return scale, load_half(block + 2) if offset is None else scale * types.float32(-offset)
+
+    return factors
 
 
 @overload_method(SuperblockFormat, "codes")
@@ -131,9 +153,31 @@ def _superblock_codes(fmt, block, chunk):
     return _METHODS[fmt.format_name, "codes"]
 
 
+@overload_method(SuperblockFormat, "scales_of_two")
+def _superblock_scales_of_two(fmt, a, b):
+    return _METHODS[fmt.format_name, "scales_of_two"]
+
+
 @overload_method(SuperblockFormat, "scales")
 def _superblock_scales(fmt, block):
-    return _METHODS[fmt.format_name, "scales"]
+    def scales(fmt, block):
+        """(scales i16x16, minimums i16x16) of one superblock."""
+        scales, minimums = fmt.scales_of_two(block, block)
+        return low_half(scales), low_half(minimums)
+
+    return scales
+
+
+@overload_method(SuperblockFormat, "factors")
+def _superblock_factors(fmt, block):
+    d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
+
+    def factors(fmt, block):
+        """(d, dmin)."""
+        d = load_half(block + d_offset)
+        return d, load_half(block + d_offset + 2) if has_dmin else d
+
+    return factors
 
 
 # ---- floats
@@ -173,7 +217,7 @@ def _bf16_load_one(fmt, address):
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
 _shift_0_4, _shift_0_2, _shift_0_1 = shifter((0, 4)), shifter((0, 2)), shifter((0, 1))
-_quarters_0_2_1_3 = picker([*range(16), *range(32, 48), *range(16, 32), *range(48, 64)])
+_shift_0_4_0_4 = shifter((0, 4, 0, 4))
 
 
 @inline_kernel
@@ -184,36 +228,14 @@ def _twice(address):
 
 
 @inline_kernel
-def _nibbles_of_16(raw):
-    """Two runs of 16 bytes u8x32 -> for each the low, then the high nibbles."""
-    high = view(u8x32, view(u16x16, raw) >> types.uint16(4))
-    return _quarters_0_2_1_3(join(raw, high)) & types.uint8(15)
+def _nibbles_of_16(first, second):
+    """16 bytes at each of two addresses -> of each the low, then the high nibbles."""
+    a, b = load(u8x16, first), load(u8x16, second)
+    both = view(u16x32, join(join(a, a), join(b, b)))
+    return view(u8x64, _shift_0_4_0_4(both)) & types.uint8(15)
 
 
 # ---- blocks of 32
-
-
-@method("factors", Q4_1, Q5_1)
-def _factors_apart(fmt, block):
-    return load_half(block), load_half(block + 2)
-
-
-@method("factors", Q4_0)
-def _factors_8(fmt, block):
-    scale = load_half(block)
-    return scale, scale * types.float32(-8.0)
-
-
-@method("factors", Q5_0)
-def _factors_16(fmt, block):
-    scale = load_half(block)
-    return scale, scale * types.float32(-16.0)
-
-
-@method("factors", Q8_0, IQ4_NL)
-def _factors_of_signed(fmt, block):
-    scale = load_half(block)
-    return scale, scale * types.float32(-SIGN_BIAS)
 
 
 @method("codes", Q8_0)
@@ -223,12 +245,12 @@ def _q8_0_codes(fmt, first, second):
 
 @method("codes", Q4_0)
 def _q4_0_codes(fmt, first, second):
-    return _nibbles_of_16(join(load(u8x16, first + 2), load(u8x16, second + 2)))
+    return _nibbles_of_16(first + 2, second + 2)
 
 
 @method("codes", Q4_1)
 def _q4_1_codes(fmt, first, second):
-    return _nibbles_of_16(join(load(u8x16, first + 4), load(u8x16, second + 4)))
+    return _nibbles_of_16(first + 4, second + 4)
 
 
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -237,51 +259,41 @@ _iq4_value = table_lookup(_IQ4_VALUES)
 
 @method("codes", IQ4_NL)
 def _iq4_nl_codes(fmt, first, second):
-    nibbles = _nibbles_of_16(join(load(u8x16, first + 2), load(u8x16, second + 2)))
+    nibbles = _nibbles_of_16(first + 2, second + 2)
     return stored_sign(_iq4_value(nibbles))
 
 
 @method("codes", Q5_0)
 def _q5_0_codes(fmt, first, second):
-    low = _nibbles_of_16(join(load(u8x16, first + 6), load(u8x16, second + 6)))
-    return low | bits_to_bytes(load(types.uint32, first + 2), load(types.uint32, second + 2), 16)
+    low = _nibbles_of_16(first + 6, second + 6)
+    return add_bits(low, load(types.uint32, first + 2), load(types.uint32, second + 2), 16)
 
 
 @method("codes", Q5_1)
 def _q5_1_codes(fmt, first, second):
-    low = _nibbles_of_16(join(load(u8x16, first + 8), load(u8x16, second + 8)))
-    return low | bits_to_bytes(load(types.uint32, first + 4), load(types.uint32, second + 4), 16)
+    low = _nibbles_of_16(first + 8, second + 8)
+    return add_bits(low, load(types.uint32, first + 4), load(types.uint32, second + 4), 16)
 
 
 # ---- superblocks of 256
 
-_low_8_twice = picker([i // 2 for i in range(16)])
-_high_8_twice = picker([8 + i // 2 for i in range(16)])
+# Of each superblock the 16 bytes of d and dmin, then three words a, b, c: 8 scales and 8 minimums of 6 bits, four of
+# each whole in a and in b, of the others the nibbles in c and the upper bits above those in a and b.
+_words_acbc = picker([i + w for i in (0, 16) for w in (*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16))])
+_words_aabb = picker([i + w for i in (0, 16) for w in (*range(4, 8), *range(4, 8), *range(8, 12), *range(8, 12))])
+_own_shift, _own_bits = shifter((0, 0, 0, 4) * 2), masker((63, 15, 63, 15) * 2)
+_upper_bits = masker((0, 0x30, 0, 0x30) * 2)
+_first_8s_twice = picker([16 * i + j // 2 for i in range(2) for j in range(16)])
+_second_8s_twice = picker([16 * i + 8 + j // 2 for i in range(2) for j in range(16)])
 
 
-@inline_kernel
-def _words4(a, b, c, d):
-    """Four uint32 as 16 bytes."""
-    low = types.uint64(a) | (types.uint64(b) << types.uint64(32))
-    high = types.uint64(c) | (types.uint64(d) << types.uint64(32))
-    return join(view(u8x8, low), view(u8x8, high))
-
-
-@method("scales", Q4_K, Q5_K)
-def _q4_k_scales(fmt, block):
-    # Twelve bytes hold 8 scales and 8 minimums of 6 bits: four of each whole, the rest in nibbles and upper bits.
-    a = load(types.uint32, block + 4)
-    b = load(types.uint32, block + 8)
-    c = load(types.uint32, block + 12)
-    six, four, two = types.uint32(0x3F3F3F3F), types.uint32(0x0F0F0F0F), types.uint32(0x03030303)
-    packed = _words4(
-        a & six,
-        (c & four) | (((a >> types.uint32(6)) & two) << types.uint32(4)),
-        b & six,
-        ((c >> types.uint32(4)) & four) | (((b >> types.uint32(6)) & two) << types.uint32(4)),
-    )
-    scales, minimums = convert(i16x16, _low_8_twice(packed)), convert(i16x16, _high_8_twice(packed))
-    return load_half(block), load_half(block + 2), scales, minimums
+@method("scales_of_two", Q4_K, Q5_K)
+def _q4_k_scales(fmt, a, b):
+    raw = join(load(u8x16, a), load(u8x16, b))
+    own = _own_bits(view(u8x32, _own_shift(view(u32x8, _words_acbc(raw)))))
+    upper = _upper_bits(view(u8x32, view(u32x8, _words_aabb(raw)) >> types.uint32(2)))
+    both = hidden(convert(i16x32, own | upper))  # LLVM would widen what is picked once more for each pick
+    return _first_8s_twice(both), _second_8s_twice(both)
 
 
 @method("codes", Q4_K)
@@ -296,11 +308,10 @@ def _q5_k_codes(fmt, block, chunk):
     return low | (high << types.uint8(4))
 
 
-@method("scales", Q6_K)
-def _q6_k_scales(fmt, block):
-    d = load_half(block + 208)
-    scales = convert(i16x16, load(i8x16, block + 192))
-    return d, d, scales, scales << types.int16(5)  # the codes are 32 too large
+@method("scales_of_two", Q6_K)
+def _q6_k_scales(fmt, a, b):
+    scales = hidden(convert(i16x32, join(load(i8x16, a + 192), load(i8x16, b + 192))))
+    return scales, scales << types.int16(5)  # the codes are 32 too large
 
 
 @method("codes", Q6_K)
@@ -311,22 +322,21 @@ def _q6_k_codes(fmt, block, chunk):
     return low | (high << types.uint8(4))
 
 
-@method("scales", Q3_K)
-def _q3_k_scales(fmt, block):
-    # Twelve bytes hold 16 scales of 6 bits, 32 too large: nibbles in eight bytes, upper bits in the last four.
-    a = load(types.uint32, block + 96)
-    b = load(types.uint32, block + 100)
-    c = load(types.uint32, block + 104)
-    four, two = types.uint32(0x0F0F0F0F), types.uint32(0x03030303)
-    packed = _words4(
-        (a & four) | ((c & two) << types.uint32(4)),
-        (b & four) | (((c >> types.uint32(2)) & two) << types.uint32(4)),
-        ((a >> types.uint32(4)) & four) | (((c >> types.uint32(4)) & two) << types.uint32(4)),
-        ((b >> types.uint32(4)) & four) | (((c >> types.uint32(6)) & two) << types.uint32(4)),
-    )
-    scales = convert(i16x16, packed) - types.int16(32)
-    d = load_half(block + 108)
-    return d, d, scales, scales << types.int16(2)  # the codes are 4 too large
+# The 16 bytes that end with three words a, b, c and d: 16 scales of 6 bits, 32 too large, nibbles in a and b, upper
+# bits in c.
+_words_abab = picker([i + w for i in (0, 16) for w in (*range(2, 10), *range(2, 10))])
+_words_cccc = picker([i + w for i in (0, 16) for w in (*range(10, 14),) * 4])
+_nibble_shift, _upper_left = shifter((0, 0, 4, 4) * 2), shifter((-4, -2, 0, 0) * 2)
+_upper_right = shifter((0, 0, 0, 2) * 2)
+
+
+@method("scales_of_two", Q3_K)
+def _q3_k_scales(fmt, a, b):
+    raw = join(load(u8x16, a + 94), load(u8x16, b + 94))
+    own = view(u8x32, _nibble_shift(view(u32x8, _words_abab(raw)))) & types.uint8(15)
+    upper = view(u8x32, _upper_right(_upper_left(view(u32x8, _words_cccc(raw))))) & types.uint8(0x30)
+    scales = hidden(convert(i16x32, own | upper) - types.int16(32))
+    return scales, scales << types.int16(2)  # the codes are 4 too large
 
 
 @method("codes", Q3_K)
@@ -337,11 +347,11 @@ def _q3_k_codes(fmt, block, chunk):
     return low | (high << types.uint8(2))
 
 
-@method("scales", Q2_K)
-def _q2_k_scales(fmt, block):
-    packed = load(u8x16, block)
-    scales, minimums = convert(i16x16, packed & types.uint8(15)), convert(i16x16, packed >> types.uint8(4))
-    return load_half(block + 80), load_half(block + 82), scales, minimums
+@method("scales_of_two", Q2_K)
+def _q2_k_scales(fmt, a, b):
+    packed = join(load(u8x16, a), load(u8x16, b))
+    scales, minimums = convert(i16x32, packed & types.uint8(15)), convert(i16x32, packed >> types.uint8(4))
+    return hidden(scales), minimums
 
 
 @method("codes", Q2_K)
@@ -354,15 +364,19 @@ _shift_by_nibble, _shift_by_pair = shifter(range(0, 32, 4)), shifter(range(0, 16
 _each_twice = picker([i // 2 for i in range(16)])
 
 
-@method("scales", IQ4_XS)
-def _iq4_xs_scales(fmt, block):
+@inline_kernel
+def _iq4_xs_scales_of_one(block):
     low = _shift_by_nibble(splat(u32x8, load(types.uint32, block + 4))) & types.uint32(15)
     high = _shift_by_pair(splat(u32x8, types.uint32(load(types.uint16, block + 2)))) & types.uint32(3)
-    scales = convert(i16x16, _each_twice(low | (high << types.uint32(4)))) - types.int16(32)
-    d = load_half(block)
-    return d, d, scales, scales * types.int16(SIGN_BIAS)
+    return convert(i16x16, _each_twice(low | (high << types.uint32(4)))) - types.int16(32)
+
+
+@method("scales_of_two", IQ4_XS)
+def _iq4_xs_scales(fmt, a, b):
+    scales = hidden(join(_iq4_xs_scales_of_one(a), _iq4_xs_scales_of_one(b)))
+    return scales, scales * types.int16(SIGN_BIAS)
 
 
 @method("codes", IQ4_XS)
 def _iq4_xs_codes(fmt, block, chunk):
-    return stored_sign(_iq4_value(_nibbles_of_16(load(u8x32, block + 8 + 32 * chunk))))
+    return stored_sign(_iq4_value(_nibbles_of_16(block + 8 + 32 * chunk, block + 24 + 32 * chunk)))

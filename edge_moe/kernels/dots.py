@@ -23,6 +23,8 @@ MAX_ACTIVATION = 127
 
 # Here byte products are summed in 16 bits first, and a scale can be multiplied in on the way to 32 bits.
 VIA_16_BITS = TARGET.dot in ("avx512", "avx2", "ssse3")
+# Where bytes can be added straight into 32 bits, so can pairs of 16 bits: a scale costs nothing on that way, either.
+_PAIR_DOT = {"avx512vnni": "llvm.x86.avx512.vpdpwssd.512", "avxvnni": "llvm.x86.avx512.vpdpwssd.256"}.get(TARGET.dot)
 # Codes with a sign are stored unsigned, 128 too large, where unsigned ones can be multiplied in full.
 SIGN_BIAS = 128 if TARGET.exact_u8 else 0
 
@@ -170,15 +172,22 @@ def dot(typingctx: Any, fmt: Any, codes: Any, x: Any) -> Any:
 
 @intrinsic
 def add_scaled_dot(typingctx: Any, fmt: Any, total: Any, codes: Any, x: Any, scales: Any) -> Any:
-    """total i32x16 + dot(codes, x) times the first four of scales i16x16, one for each 16 columns."""
+    """total i32x16 + dot(codes, x) times scales i16x32, one for each two columns, equal for each four."""
+    fits_16_bits = not fmt.signed and 2 * MAX_ACTIVATION * fmt.max_code < 1 << 15
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if VIA_16_BITS:
-            scale = rearrange(builder, args[4], [i // 8 for i in range(32)])
-        else:
-            scale = builder.sext(rearrange(builder, args[4], [i // 4 for i in range(16)]), llvm_type(i32x16))
-        group = GroupDot(builder, fmt, args[1], scale)
-        group.add(args[2], args[3])
+        _, total, codes, x, scale = args
+        if _PAIR_DOT is not None and fits_16_bits:
+
+            def one(t: ir.Value, u: ir.Value, v: ir.Value) -> ir.Value:
+                as_words = ir.VectorType(I32, u.type.count // 2)
+                return call(builder, _PAIR_DOT, t.type, [t, builder.bitcast(u, as_words), builder.bitcast(v, as_words)])
+
+            return _in_registers(builder, [total, _pair_sums_16(builder, codes, x), scale], one)
+        if not VIA_16_BITS:
+            scale = builder.sext(rearrange(builder, scale, range(0, 32, 2)), llvm_type(i32x16))
+        group = GroupDot(builder, fmt, total, scale)
+        group.add(codes, x)
         return group.result()
 
     return i32x16(fmt, total, codes, x, scales), codegen

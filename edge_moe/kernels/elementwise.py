@@ -8,24 +8,35 @@ from numba import prange, types
 
 from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
-from edge_moe.kernels.simd import address_of, f32x16, fma, load, splat, store
+from edge_moe.kernels.simd import address_of, f32x16, first_lane, fma, load, reduce_add, splat, store
 
 _WORTH_THREADS = 65536  # values; waking other threads takes longer than working through fewer
 
 
 @inline_kernel
 def rms_norm_row(x, weight, eps, out):
-    """RMSNorm of one row. x, weight and out f32[D]."""
-    total = np.float32(0.0)
-    for i in range(x.shape[0]):
-        total += x[i] * x[i]
-    scale = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + eps)
-    # A product of three in one loop comes out in one order or another, by whether x and out lie close to each other:
-    # LLVM makes a loop of vectors, and one without for when they might overlap.
-    for i in range(x.shape[0]):
-        out[i] = x[i] * scale
-    for i in range(x.shape[0]):
-        out[i] *= weight[i]
+    """RMSNorm of one row. x, weight and out f32[D], contiguous.
+
+    In vectors by hand: LLVM's own would add in another order in each kernel that this becomes part of.
+    """
+    n = x.shape[0]
+    whole = n & ~15
+    xs, weights, outs = address_of(x), address_of(weight), address_of(out)
+    a = b = splat(f32x16, types.float32(0.0))
+    for i in range(0, 4 * (whole & ~31), 128):
+        first, second = load(f32x16, xs + i), load(f32x16, xs + i + 64)
+        a, b = fma(first, first, a), fma(second, second, b)
+    if whole & 16:
+        first = load(f32x16, xs + 4 * whole - 64)
+        a = fma(first, first, a)
+    for i in range(whole, n):  # each in all lanes, a sixteenth of its square
+        first = splat(f32x16, x[i])
+        b = fma(first, first * types.float32(1 / 16), b)
+    scale = types.float32(1.0) / np.sqrt(reduce_add(a + b) / types.float32(n) + eps)
+    for i in range(0, 4 * whole, 64):
+        store(outs + i, load(f32x16, xs + i) * scale * load(f32x16, weights + i))
+    for i in range(whole, n):
+        store(outs + 4 * i, first_lane(splat(f32x16, x[i]) * scale * splat(f32x16, weight[i])))
 
 
 @kernel

@@ -147,7 +147,8 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     def unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
         for i in range(n_cols // 256):
             for r in range(TILE_ROWS):
-                d, dmin, scales, minimums = fmt.scales(rows + min(r, n_rows - 1) * row_bytes + i * size)
+                block = rows + min(r, n_rows - 1) * row_bytes + i * size
+                (d, dmin), (scales, minimums) = fmt.factors(block), fmt.scales(block)
                 store(scratch + 64 * r, scales)
                 store(scratch + 64 * r + 32, minimums)
                 store(panel + FACTORS + 4 * r, d)

@@ -8,16 +8,22 @@ from numba import types
 
 from edge_moe.kernels import panels, rows  # noqa: F401 (their methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
+from edge_moe.kernels.launch import first_of_unit
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 
 PANEL_TOKENS = 4  # from so many tokens on a panel pays
 CHUNK_COLUMNS = 256
 
-# A plan is int64[8] followed by int64[7] for each group: where to find all that a kernel needs.
-COUNTER, N_GROUPS, N_COLS, ROW_BYTES, UNIT_ROWS, TOKENS, TILES, TILE_BYTES = range(8)
+# A plan is int64[8] followed by int64[7] for each group: where to find all that a kernel needs. Rows are counted
+# through all groups; where panels are wanted, each group's are counted up to a multiple of 16.
+COUNTER, N_GROUPS, N_COLS, ROW_BYTES, SHARES, TOKENS, TILES, TILE_BYTES = range(8)
 GROUPS, GROUP_FIELDS = 8, 7
-ADDRESS, N_ROWS, BEGIN, END, OUT, UNITS_END, FIRST_TILE = range(GROUP_FIELDS)
+ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE = range(GROUP_FIELDS)
+
+# Without panels the memory is the limit, and long runs of it are read faster: units are those of `first_of_unit`, down
+# to such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
+LEAST_UNIT_BYTES = 16384
 
 
 @inline_kernel
@@ -60,24 +66,30 @@ def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
 @kernel
 def product_units(fmt, plan):
     """Multiply units of rows as long as the plan has some."""
-    n_groups, unit_rows = field(plan, N_GROUPS), field(plan, UNIT_ROWS)
-    group, g, units_begin = plan + 8 * GROUPS, 0, 0
-    memory = np.empty(fmt.panel_bytes(field(plan, N_COLS)) + 2048 if unit_rows == TILE_ROWS else 0, np.uint8)
+    n_groups, row_bytes, shares = field(plan, N_GROUPS), field(plan, ROW_BYTES), field(plan, SHARES)
+    group, rows_begin = plan + 8 * GROUPS, 0
+    n_rows = field(group + 8 * GROUP_FIELDS * (n_groups - 1), ROWS_END)
+    least = (LEAST_UNIT_BYTES + row_bytes - 1) // row_bytes
+    memory = np.empty(fmt.panel_bytes(field(plan, N_COLS)) + 2048 if shares == 0 else 0, np.uint8)
     scratch = (address_of(memory) + 63) & ~63
     while True:
         unit = fetch_add(plan, 1)
-        while g < n_groups and unit >= field(group, UNITS_END):
-            units_begin = field(group, UNITS_END)
-            group += 8 * GROUP_FIELDS
-            g += 1
-        if g == n_groups:
+        row, stop = TILE_ROWS * unit, TILE_ROWS * (unit + 1)
+        if shares:
+            row, stop = first_of_unit(unit, n_rows, shares, least), first_of_unit(unit + 1, n_rows, shares, least)
+        if row >= n_rows:
             return memory.size  # the memory must live until here
-        row = (unit - units_begin) * unit_rows
-        row_end = min(row + unit_rows, field(group, N_ROWS))
-        if unit_rows == TILE_ROWS and field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
-            _many_tokens(fmt, plan, group, row, row_end, scratch, scratch + 1024)
-        else:
-            _few_tokens(fmt, plan, group, row, row_end)
+        stop = min(stop, n_rows)
+        while row < stop:
+            while row >= field(group, ROWS_END):
+                rows_begin = field(group, ROWS_END)
+                group += 8 * GROUP_FIELDS
+            own_row, own_end = row - rows_begin, min(stop - rows_begin, field(group, N_ROWS))
+            if shares == 0 and field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
+                _many_tokens(fmt, plan, group, own_row, own_end, scratch, scratch + 1024)
+            else:
+                _few_tokens(fmt, plan, group, own_row, own_end)
+            row = min(stop, field(group, ROWS_END))
 
 
 @kernel

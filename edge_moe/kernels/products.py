@@ -21,7 +21,6 @@ from edge_moe.kernels.launch import compiled_address, launch
 from edge_moe.kernels.simd import address_of
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
-UNIT_BYTES = 16384  # of weights; smaller units would spend too much on fetching the next
 FLOATS = TAGS["F32"]  # stands for the format where a kernel has none
 EVERY_ROW = np.empty(0, np.int64)
 
@@ -75,27 +74,26 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads):
     tiles = np.empty(n_tiles * tile_bytes, np.uint8)
     if n_tiles:
         _interleave(interleave, matrices, tokens, stride, tiles, tile_bytes, n_threads)
-    # One row more than a panel has tells the kernel that it needs no panel.
-    unit_rows = TILE_ROWS if most >= units.PANEL_TOKENS else max(TILE_ROWS + 1, UNIT_BYTES // row_bytes)
+    panels = most >= units.PANEL_TOKENS
     plan = np.empty(units.GROUPS + units.GROUP_FIELDS * len(matrices), np.int64)
     plan[units.COUNTER], plan[units.N_COLS], plan[units.ROW_BYTES] = 0, n_cols, row_bytes
-    plan[units.UNIT_ROWS], plan[units.TOKENS] = unit_rows, address_of(tokens)
+    plan[units.SHARES], plan[units.TOKENS] = 0 if panels else n_threads, address_of(tokens)
     plan[units.TILES], plan[units.TILE_BYTES] = address_of(tiles), tile_bytes
-    n_groups, n_units, n_tiles = 0, 0, 0
+    n_groups, n_rows, n_tiles = 0, 0, 0
     for g in range(len(matrices)):
         n_tokens = matrices[g, 3] - matrices[g, 2]
         if n_tokens:
-            n_units += (matrices[g, 1] + unit_rows - 1) // unit_rows
+            n_rows += (matrices[g, 1] + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS if panels else matrices[g, 1]
             place = units.GROUPS + units.GROUP_FIELDS * n_groups
             for i in range(units.OUT):
                 plan[place + i] = matrices[g, i]
             plan[place + units.OUT] = address_of(out) + 4 * matrices[g, 4]
-            plan[place + units.UNITS_END], plan[place + units.FIRST_TILE] = n_units, n_tiles
+            plan[place + units.ROWS_END], plan[place + units.FIRST_TILE] = n_rows, n_tiles
             if n_tokens >= units.PANEL_TOKENS:
                 n_tiles += (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
             n_groups += 1
     plan[units.N_GROUPS] = n_groups
-    launch(multiply, address_of(plan), n_units, n_products * n_cols, n_threads)
+    launch(multiply, address_of(plan), (n_rows + TILE_ROWS - 1) // TILE_ROWS, n_products * n_cols, n_threads)
     return records.size + tokens.size + tiles.size + plan.size  # these must live until here
 
 

@@ -6,20 +6,23 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
     convert,
-    f32x8,
+    f32x2,
+    f32x4,
     f32x16,
     first_lane,
     fma,
+    from_half,
     high_half,
     i8x16,
     i8x32,
     i8x64,
-    i16x16,
+    i16x32,
     i32x16,
-    join,
     load,
+    load_halves,
     low_half,
     picker,
     prefetch,
@@ -28,19 +31,26 @@ from edge_moe.kernels.simd import (
     store,
     u8x16,
     u8x32,
+    u16x4,
     view,
 )
 
-PREFETCH_BYTES = 1024
+PREFETCH_BYTES = 8192
+
+_first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
+_each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
+_second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
+# of each superblock of two the scales of each chunk
+_a_0, _a_1, _a_2, _a_3 = (picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
+_b_0, _b_1, _b_2, _b_3 = (picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
 
 # Registers turned, so that what comes next is always in the first lanes.
-_next_scales = picker([(i + 4) % 16 for i in range(16)])
 _next_lane = picker([(i + 1) % 16 for i in range(16)])
 _next_16 = picker([(i + 16) % 64 for i in range(64)])
 _first_16 = picker(range(16))
 
 
-@overload_method(FloatFormat, "row_dot")
+@inlined_method(FloatFormat, "row_dot")
 def _float_row_dot(fmt, row, x, n_cols):
     size = fmt.block_bytes
 
@@ -62,57 +72,94 @@ def _float_row_dot(fmt, row, x, n_cols):
     return row_dot
 
 
-@overload_method(BlockFormat, "row_dot")
+@inline_kernel
+def _add_pair(fmt, first, second, x, scales, total):
+    """total f32x16 + a pair of blocks times 64 columns, with scales f32x16."""
+    products = dot(fmt, fmt.codes(first, second), load(i8x64, x))
+    return fma(convert(f32x16, products), scales, total)
+
+
+@inlined_method(BlockFormat, "row_dot")
 def _block_row_dot(fmt, row, x, n_cols):
-    size = fmt.block_bytes
-    has_minimum = fmt.has_minimum
+    size, offset = fmt.block_bytes, fmt.offset
 
     def row_dot(fmt, row, x, n_cols):
-        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
-        total, even, odd = splat(f32x16, types.float32(0.0)), types.float32(0.0), types.float32(0.0)
-        n_blocks = n_cols // 32
-        for i in range(0, n_blocks, 2):
-            first = row + i * size
-            second = first + size if i + 1 < n_blocks else first  # a lone last block meets zeros in its second half
-            prefetch(first + PREFETCH_BYTES)
-            codes = fmt.codes(first, second)
-            first_scale, first_minimum = fmt.factors(first)
-            second_scale, second_minimum = fmt.factors(second)
-            low = splat(f32x8, first_scale * load(types.float32, scales + 4 * i))
-            high = splat(f32x8, second_scale * load(types.float32, scales + 4 * i + 4))
-            total = fma(convert(f32x16, dot(fmt, codes, load(i8x64, x + 32 * i))), join(low, high), total)
-            if has_minimum:
-                even += first_minimum * load(types.float32, sums + 4 * i)
-                odd += second_minimum * load(types.float32, sums + 4 * i + 4)
-        return reduce_add(total) + (even + odd)
+        """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
+        scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
+        even = odd = splat(f32x16, types.float32(0.0))
+        minimums = splat(f32x4, types.float32(0.0))
+        last = row + (n_blocks - 1) * size
+        for i in range(0, n_blocks, 4):
+            a = row + i * size
+            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
+            prefetch(a + PREFETCH_BYTES)
+            if 4 * size > 64:
+                prefetch(a + PREFETCH_BYTES + 64)
+            own = load_halves(a, b, c, d)
+            both = own * load(f32x4, scales + 4 * i)
+            even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
+            odd = _add_pair(fmt, c, d, x + 32 * i + 64, _last_two(both), odd)
+            if offset is None:
+                minimums = fma(load_halves(a + 2, b + 2, c + 2, d + 2), load(f32x4, sums + 4 * i), minimums)
+            elif offset:
+                minimums = fma(own, load(f32x4, sums + 4 * i), minimums)
+        if offset is None:
+            return reduce_add(even + odd) + reduce_add(minimums)
+        return reduce_add(even + odd) - types.float32(offset) * reduce_add(minimums)
 
     return row_dot
 
 
-@overload_method(SuperblockFormat, "row_dot")
+@inline_kernel
+def _superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3):
+    """A superblock times 256 columns with its scales, of each chunk i16x32, without its minimums."""
+    total = splat(i32x16, types.int32(0))
+    total = add_scaled_dot(fmt, total, fmt.codes(block, 0), load(i8x64, x), scales_0)
+    total = add_scaled_dot(fmt, total, fmt.codes(block, 1), load(i8x64, x + 64), scales_1)
+    total = add_scaled_dot(fmt, total, fmt.codes(block, 2), load(i8x64, x + 128), scales_2)
+    total = add_scaled_dot(fmt, total, fmt.codes(block, 3), load(i8x64, x + 192), scales_3)
+    return convert(f32x16, total)
+
+
+@overload_method(SuperblockFormat, "factors_of_two")
+def _factors_of_two(fmt, a, b):
+    d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
+
+    def factors_of_two(fmt, a, b):
+        """d and dmin of two superblocks: f32x4."""
+        if has_dmin:
+            low, high = load(types.uint32, a + d_offset), load(types.uint32, b + d_offset)
+            return from_half(view(u16x4, types.uint64(low) | (types.uint64(high) << types.uint64(32))))
+        return load_halves(a + d_offset, a + d_offset, b + d_offset, b + d_offset)
+
+    return factors_of_two
+
+
+@inlined_method(SuperblockFormat, "row_dot")
 def _superblock_row_dot(fmt, row, x, n_cols):
-    size = fmt.block_bytes
-    has_minimum = fmt.has_minimum
+    size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
     def row_dot(fmt, row, x, n_cols):
+        """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
-        total, minimums = splat(f32x16, types.float32(0.0)), splat(f32x8, types.float32(0.0))
-        for i in range(n_cols // 256):
-            block, columns = row + i * size, x + 256 * i
-            for line in range(0, size, 64):
-                prefetch(block + line + PREFETCH_BYTES)
-            d, dmin, block_scales, block_minimums = fmt.scales(block)
-            scale = load(types.float32, scales + 4 * i)
-            products = splat(i32x16, types.int32(0))
-            for chunk in range(4):
-                codes = fmt.codes(block, chunk)
-                products = add_scaled_dot(fmt, products, codes, load(i8x64, columns + 64 * chunk), block_scales)
-                block_scales = _next_scales(block_scales)
-            total = fma(convert(f32x16, products), splat(f32x16, d * scale), total)
+        even = odd = minimums = splat(f32x16, types.float32(0.0))
+        n_blocks = n_cols // 256
+        last, last_x = row + (n_blocks - 1) * size, x + (n_blocks - 1) * 256
+        for i in range(0, n_blocks, 2):
+            a = row + i * size
+            b, x_b = min(a + size, last), min(x + 256 * i + 256, last_x)
+            for line in range(0, 2 * size, 64):
+                prefetch(a + line + PREFETCH_BYTES)
+            s, m = fmt.scales_of_two(a, b)
+            factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
+            first = _superblock_dot(fmt, a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s))
+            second = _superblock_dot(fmt, b, x_b, _b_0(s), _b_1(s), _b_2(s), _b_3(s))
+            even = fma(first, _first_to_all(factors), even)
+            odd = fma(second, _third_to_all(factors), odd)
             if has_minimum:
-                weighted = pair_dot(block_minimums, load(i16x16, sums + 32 * i))
-                minimums = fma(convert(f32x8, weighted), splat(f32x8, dmin * scale), minimums)
-        return reduce_add(total) - reduce_add(minimums)
+                weighted = convert(f32x16, pair_dot(m, load(i16x32, sums + 32 * i)))
+                minimums = fma(weighted, _second_and_fourth(factors), minimums)
+        return reduce_add((even + odd) - minimums)
 
     return row_dot
 
@@ -156,7 +203,7 @@ def _superblock_decode(fmt, row, start, stop, out):
     def decode(fmt, row, start, stop, out):
         for i in range(start // 256, stop // 256):
             block, target = row + i * size, out + 1024 * (i - start // 256)
-            d, dmin, scales, minimums = fmt.scales(block)
+            (d, dmin), (scales, minimums) = fmt.factors(block), fmt.scales(block)
             for chunk in range(4):
                 codes = fmt.codes(block, chunk)
                 for _ in range(4):

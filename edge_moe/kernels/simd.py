@@ -38,6 +38,7 @@ u16x32, i16x32 = Vector(types.uint16, 32), Vector(types.int16, 32)
 u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
+u16x4, f32x2, f32x4 = Vector(types.uint16, 4), Vector(types.float32, 2), Vector(types.float32, 4)
 
 
 def llvm_type(t: Any) -> ir.Type:
@@ -122,17 +123,24 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, value), codegen
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for a cache line that will be read soon; any address will do, it never faults."""
+def _prefetcher(locality: int) -> Any:
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        """Ask for a cache line that will be read; any address will do, it never faults."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        hints = [ir.Constant(INT32, v) for v in (0, 3, 1)]  # read, keep in all levels, data
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
-        return context.get_dummy_value()
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+# What will be read soon, into all levels of the cache; what will be read later, past the first level.
+prefetch, prefetch_far = _prefetcher(3), _prefetcher(2)
 
 
 @intrinsic
@@ -188,6 +196,20 @@ def convert(typingctx: Any, kind: Any, value: Any) -> Any:
 
 
 @intrinsic
+def hidden(typingctx: Any, value: Any) -> Any:
+    """The same vector, of which LLVM shall not know how it was made."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        t = args[0].type
+        fits = value.lanes * value.element.bitwidth <= 8 * TARGET.register_bytes
+        if TARGET.is_x86 and fits:
+            return builder.asm(ir.FunctionType(t, [t]), "", "=v,0", args, side_effect=False)
+        return args[0]
+
+    return value(value), codegen
+
+
+@intrinsic
 def view(typingctx: Any, kind: Any, value: Any) -> Any:
     """view(u16x32, v): the same bits as another type."""
     result = kind.instance_type
@@ -239,17 +261,32 @@ def picker(indices: Sequence[int]) -> Any:
 
 
 def shifter(amounts: Sequence[int]) -> Any:
-    """Make an operation that shifts equal parts of a vector right, each part by its own constant."""
+    """Make an operation that shifts equal parts of a vector right, or left where negative, each by its own constant."""
+    is_left = min(amounts) < 0
 
     @intrinsic
     def shift(typingctx: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            per_lane = [a for a in amounts for _ in range(value.lanes // len(amounts))]
-            return builder.lshr(args[0], constant(value, per_lane))
+            by = constant(value, [abs(a) for a in amounts for _ in range(value.lanes // len(amounts))])
+            return builder.shl(args[0], by) if is_left else builder.lshr(args[0], by)
 
         return value(value), codegen
 
     return shift
+
+
+def masker(masks: Sequence[int]) -> Any:
+    """Make an operation that keeps bits of equal parts of a vector, each part those of its own constant."""
+
+    @intrinsic
+    def mask(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            per_lane = [m for m in masks for _ in range(value.lanes // len(masks))]
+            return builder.and_(args[0], constant(value, per_lane))
+
+        return value(value), codegen
+
+    return mask
 
 
 # ---- arithmetic: a + b, a - b, a * b, a / b of floats, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
@@ -414,9 +451,17 @@ def load_half(typingctx: Any, address: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
+@inline_kernel
+def load_halves(a, b, c, d):
+    """The f16 numbers at four addresses, as f32x4."""
+    low = types.uint64(load(types.uint16, a)) | (types.uint64(load(types.uint16, b)) << types.uint64(16))
+    high = types.uint64(load(types.uint16, c)) | (types.uint64(load(types.uint16, d)) << types.uint64(16))
+    return from_half(view(u16x4, low | (high << types.uint64(32))))
+
+
 @intrinsic
 def from_half(typingctx: Any, bits: Any) -> Any:
-    """f16 bits u16x16 -> f32x16."""
+    """f16 bits u16x16 -> f32x16, or as many."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return half_bits_to_float(builder, args[0])
@@ -486,16 +531,22 @@ def table_lookup(table: Sequence[int]) -> Any:
 
 
 @intrinsic
-def bits_to_bytes(typingctx: Any, first: Any, second: Any, value: Any) -> Any:
-    """Two uint32 -> u8x64 with `value` for each bit that is set, 0 for the others."""
+def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) -> Any:
+    """codes u8x64 + `value` for each bit that is set of two uint32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        words = rearrange(builder, spread(builder, args[0], 8), range(16), spread(builder, args[1], 8))
+        codes, first, second, value = args
+        byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
+        if TARGET.shuffle == "avx512":  # bits are a mask there
+            low, high = (builder.zext(word, ir.IntType(64)) for word in (first, second))
+            bits = builder.or_(low, builder.shl(high, ir.Constant(high.type, 32)))
+            is_set = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 64))
+            return builder.select(is_set, builder.add(codes, byte), codes)
+        words = rearrange(builder, spread(builder, first, 8), range(16), spread(builder, second, 8))
         octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
         own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
         own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
         is_set = builder.icmp_unsigned("==", builder.and_(own_octet, own_bit), own_bit)
-        byte = spread(builder, builder.trunc(args[2], ir.IntType(8)), 64)
-        return builder.select(is_set, byte, constant(u8x64, 0))
+        return builder.or_(codes, builder.select(is_set, byte, constant(u8x64, 0)))
 
-    return u8x64(types.uint32, types.uint32, types.int64), codegen
+    return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen

@@ -16,9 +16,9 @@ from edge_moe.safetensors import open_safetensors, read_json
 from edge_moe_export.gguf import write_gguf
 from edge_moe_export.hyperparameters import read_hyperparameters
 from edge_moe_export.llama_vocabulary import llama_vocabulary_metadata
-from edge_moe_export.naming import describe_model
+from edge_moe_export.model_card import describe_model
 from edge_moe_export.plans import DeepseekPlan, EncodeParts, LlamaPlan
-from edge_moe_export.vocabulary import vocabulary_metadata
+from edge_moe_export.vocabularies import deepseek_vocabulary_metadata
 
 OUTPUT_TYPES: dict[str, tuple[BlockFormat, int]] = {  # and the number that `general.file_type` has for it
     "f32": (F32, 0),
@@ -27,7 +27,7 @@ OUTPUT_TYPES: dict[str, tuple[BlockFormat, int]] = {  # and the number that `gen
     "q8_0": (Q8_0, 7),
 }
 _BY_ARCHITECTURE = {  # which tensors there are, and how the vocabulary is kept
-    "deepseek2": (DeepseekPlan, vocabulary_metadata),
+    "deepseek2": (DeepseekPlan, deepseek_vocabulary_metadata),
     "llama": (LlamaPlan, llama_vocabulary_metadata),
 }
 

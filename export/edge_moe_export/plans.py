@@ -1,20 +1,27 @@
 """Which tensors of a checkpoint become which tensors of a GGUF file, one plan for each architecture.
 
-A plan walks the layers as the model's pass does, takes each tensor it needs, shapes checked, and gives the values in
-parts, so that no tensor is ever held as a whole.
+Which tensors a model has, and of which shapes, is said by the runtime that loads it: here it loads from nothing, and
+what it asks for is noted. A plan says where in the checkpoint each of them is, and gives its values in parts, so that
+no tensor is ever held as a whole.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from edge_moe.checkpoint import TENSOR_NAMES
+from edge_moe.checkpoint import TENSOR_NAMES, Checkpoint
+from edge_moe.config import ModelConfig
 from edge_moe.errors import FormatError, UnsupportedError
 from edge_moe.formats import F16, F32, BlockFormat
+from edge_moe.gguf import GGUFFile, TensorEntry
+from edge_moe.metadata import read_config
+from edge_moe.models.architectures import load_weights
 from edge_moe.safetensors import SafetensorsModel
+from edge_moe.weights import Weight
 from edge_moe_export.encode import encode
 from edge_moe_export.gguf import NewTensor
 from edge_moe_export.hyperparameters import DeepseekParameters, HyperParameters, LlamaParameters
@@ -46,15 +53,11 @@ class Plan:
 
     def tensors(self) -> list[NewTensor]:
         """All tensors of the file. Raises FormatError when one is missing or has another shape."""
-        p = self.params
-        D = p.integer("hidden_size")
-        out = [self._plain("embed_tokens", p.integer("vocab_size"), D), self._plain("norm", D)]
-        if not self.tied:
-            out.append(self._matrix("lm_head.weight", TENSOR_NAMES["lm_head"], (p.integer("vocab_size"), D)))
-        for layer in range(p.integer("num_hidden_layers")):
-            out += self._attention(layer)
-            out += self._feed_forward(layer)
-        return out
+        metadata = {"general.architecture": self.params.gguf_architecture, **self.params.metadata()}
+        nothing = GGUFFile(self.params.path, metadata, {}, size_bytes=0, version=3, alignment=32)
+        asked = _Requests(read_config(nothing, has_weights=False), self.params.path, self._has)
+        load_weights(asked)
+        return [self._tensor(name, shape) for name, shape in asked.shapes.items()]
 
     def check_rest(self) -> tuple[str, ...]:
         """Remarks on the tensors that were not taken. Raises UnsupportedError when one of them matters."""
@@ -76,13 +79,21 @@ class Plan:
 
     # ---- what an architecture says
 
-    def _attention(self, layer: int) -> Iterator[NewTensor]:
-        """The tensors of a layer's attention, and of its norms."""
-        raise NotImplementedError
+    def _has(self, name: str) -> bool:
+        """Whether the file will have a tensor that not every model has."""
+        return name == "lm_head" and not self.tied
 
-    def _feed_forward(self, layer: int) -> Iterator[NewTensor]:
-        """The tensors of a layer's MLP or mixture."""
-        raise NotImplementedError
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> NewTensor:
+        """A tensor by its name and shape in the runtime."""
+        if ".mlp.experts." in name:
+            n_experts, *own_shape = shape
+            sources = [self._source(name.replace("experts", f"experts.{i}")) for i in range(n_experts)]
+            return self._new(name, shape, partial(self._stacked_parts, self._take_all(sources, *own_shape)))
+        return self._new(name, shape, partial(self._stacked_parts, self._take_all([self._source(name)], *shape)))
+
+    def _source(self, name: str) -> str:
+        """What the checkpoint calls a tensor."""
+        return f"{name}.weight" if name == "lm_head" else f"model.{name}.weight"
 
     def _speculative_layer(self, name: str) -> int | None:
         """The layer of a tensor that only speculation needs."""
@@ -90,25 +101,10 @@ class Plan:
 
     # ---- one tensor, or a few
 
-    def _gated(self, at: str, width: int) -> Iterator[NewTensor]:
-        D = self.params.integer("hidden_size")
-        yield self._plain(f"{at}gate_proj", width, D)
-        yield self._plain(f"{at}up_proj", width, D)
-        yield self._plain(f"{at}down_proj", D, width)
-
-    def _plain(self, name: str, *shape: int) -> NewTensor:
-        """A tensor that stays as it is, by its name in the runtime."""
-        return self._matrix(f"model.{name}.weight", _gguf_name(name), shape)
-
-    def _matrix(self, source: str, name: str, shape: tuple[int, ...]) -> NewTensor:
-        self._take(source, shape)
-        return self._new(name, shape, partial(self._stacked_parts, [source]))
-
-    def _stack(self, sources: list[str], name: str, shape: tuple[int, int]) -> NewTensor:
-        """Matrices of one shape as a stack, by its name in the runtime."""
-        for source in sources:
-            self._take(source, shape)
-        return self._new(_gguf_name(name), (len(sources), *shape), partial(self._stacked_parts, sources))
+    def _take_all(self, names: list[str], *shape: int) -> list[str]:
+        for name in names:
+            self._take(name, shape)
+        return names
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         entry = self.model.entries.get(name)
@@ -124,7 +120,8 @@ class Plan:
         self._used.add(name)
 
     def _new(self, name: str, shape: tuple[int, ...], values: Callable[[], Iterable[np.ndarray]]) -> NewTensor:
-        fmt = self.fmt
+        """A tensor of the file, by its name in the runtime."""
+        name, fmt = _gguf_name(name), self.fmt
         if self.formats is not None:
             fmt = self.formats[name]
         elif len(shape) == 1 or "ffn_gate_inp" in name:
@@ -147,46 +144,24 @@ class DeepseekPlan(Plan):
 
     params: DeepseekParameters
 
-    def _attention(self, layer: int) -> Iterator[NewTensor]:
-        p = self.params
-        D, H, R, P = (p.integer(k) for k in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_rope_head_dim"))
-        N, V = p.integer("qk_nope_head_dim"), p.integer("v_head_dim")
-        at = f"layers.{layer}."
-        yield self._plain(f"{at}input_layernorm", D)
-        if q_rank := p.get("q_lora_rank"):
-            yield self._plain(f"{at}self_attn.q_a_proj", q_rank, D)
-            yield self._plain(f"{at}self_attn.q_a_layernorm", q_rank)
-            yield self._plain(f"{at}self_attn.q_b_proj", H * (N + P), q_rank)
-        else:
-            yield self._plain(f"{at}self_attn.q_proj", H * (N + P), D)
-        yield self._plain(f"{at}self_attn.kv_a_proj_with_mqa", R + P, D)
-        yield self._plain(f"{at}self_attn.kv_a_layernorm", R)
-        source = f"model.{at}self_attn.kv_b_proj.weight"
-        self._take(source, (H * (N + V), R))
-        k_b, v_b = (_gguf_name(f"{at}self_attn.{part}_b_proj") for part in "kv")
-        # The keys' half is transposed, since absorbed attention multiplies the queries by it.
-        yield self._new(k_b, (H, R, N), partial(self._head_parts, source, H, 0, N, transposed=True))
-        yield self._new(v_b, (H, V, R), partial(self._head_parts, source, H, N, N + V, transposed=False))
-        yield self._plain(f"{at}self_attn.o_proj", D, H * V)
-        yield self._plain(f"{at}post_attention_layernorm", D)
+    def _has(self, name: str) -> bool:
+        if name.endswith("e_score_correction_bias"):
+            return self._source(name) in self.model.entries
+        return super()._has(name)
 
-    def _feed_forward(self, layer: int) -> Iterator[NewTensor]:
-        p = self.params
-        D, E = p.integer("hidden_size"), p.n_routed_experts
-        at = f"layers.{layer}.mlp."
-        if layer < p.first_k_dense_replace:
-            yield from self._gated(at, p.integer("intermediate_size"))
-            return
-        yield self._plain(f"{at}gate", E, D)
-        bias = f"{at}gate.e_score_correction_bias"
-        if f"model.{bias}" in self.model.entries:
-            yield self._matrix(f"model.{bias}", _gguf_name(bias), (E,))
-        F = p.integer("moe_intermediate_size")
-        for part in ("gate", "up", "down"):
-            sources = [f"model.{at}experts.{expert}.{part}_proj.weight" for expert in range(E)]
-            yield self._stack(sources, f"{at}experts.{part}_proj", (D, F) if part == "down" else (F, D))
-        if n_shared := p.get("n_shared_experts"):
-            yield from self._gated(f"{at}shared_experts.", n_shared * F)
+    def _source(self, name: str) -> str:
+        return f"model.{name}" if name.endswith("e_score_correction_bias") else super()._source(name)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> NewTensor:
+        at, _, part = name.rpartition(".")
+        if part not in ("k_b_proj", "v_b_proj"):
+            return super()._tensor(name, shape)
+        H, N, V = (self.params.integer(key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+        source = self._source(f"{at}.kv_b_proj")
+        self._take(source, (H * (N + V), self.params.integer("kv_lora_rank")))
+        # The keys' half is transposed, since absorbed attention multiplies the queries by it.
+        low, high, transposed = (0, N, True) if part == "k_b_proj" else (N, N + V, False)
+        return self._new(name, shape, partial(self._head_parts, source, H, low, high, transposed=transposed))
 
     def _speculative_layer(self, name: str) -> int | None:
         layer = _LAYER.match(name)
@@ -205,39 +180,26 @@ class LlamaPlan(Plan):
 
     params: LlamaParameters
 
-    def tensors(self) -> list[NewTensor]:
-        """All tensors of the file. Raises FormatError when one is missing or has another shape."""
-        divisors = self.params.rope_divisors()
-        if divisors is None:
-            return super().tensors()
-        return [self._new(TENSOR_NAMES["rope_freqs"], divisors.shape, lambda: [divisors]), *super().tensors()]
+    def _has(self, name: str) -> bool:
+        return self.params.rope_divisors() is not None if name == "rope_freqs" else super()._has(name)
 
-    def _attention(self, layer: int) -> Iterator[NewTensor]:
-        p = self.params
-        D, H, K, N = p.integer("hidden_size"), p.integer("num_attention_heads"), p.num_key_value_heads, p.head_dim
-        at = f"layers.{layer}."
-        yield self._plain(f"{at}input_layernorm", D)
-        for part, n_heads in (("q", H), ("k", K)):
-            source = f"model.{at}self_attn.{part}_proj.weight"
-            self._take(source, (n_heads * N, D))
-            name = _gguf_name(f"{at}self_attn.{part}_proj")
-            yield self._new(name, (n_heads * N, D), partial(self._paired_parts, source, n_heads))
-        yield self._plain(f"{at}self_attn.v_proj", K * N, D)
-        yield self._plain(f"{at}self_attn.o_proj", D, H * N)
-        yield self._plain(f"{at}post_attention_layernorm", D)
+    def _source(self, name: str) -> str:
+        parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        if ".mlp.experts." in name:
+            name, _, part = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
+            return f"model.{name}.{parts[part]}.weight"
+        if name.endswith(".mlp.gate"):  # the router
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        return super()._source(name)
 
-    def _feed_forward(self, layer: int) -> Iterator[NewTensor]:
-        p = self.params
-        D, E, F = p.integer("hidden_size"), p.n_routed_experts, p.integer("intermediate_size")
-        at = f"layers.{layer}.mlp."
-        if not E:
-            yield from self._gated(at, F)
-            return
-        theirs = f"model.layers.{layer}.block_sparse_moe."
-        yield self._matrix(f"{theirs}gate.weight", _gguf_name(f"{at}gate"), (E, D))
-        for part, their_part in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-            sources = [f"{theirs}experts.{expert}.{their_part}.weight" for expert in range(E)]
-            yield self._stack(sources, f"{at}experts.{part}_proj", (D, F) if part == "down" else (F, D))
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> NewTensor:
+        divisors = self.params.rope_divisors() if name == "rope_freqs" else None
+        if divisors is not None:
+            return self._new(name, shape, lambda: [divisors])
+        if not name.endswith((".q_proj", ".k_proj")):
+            return super()._tensor(name, shape)
+        (source,) = self._take_all([self._source(name)], *shape)
+        return self._new(name, shape, partial(self._paired_parts, source, shape[0] // self.params.head_dim))
 
     def _paired_parts(self, source: str, n_heads: int) -> Iterator[np.ndarray]:
         """Rows of each head [2, N/2] as transformers rotates them -> [N/2, 2], some heads at a time."""
@@ -247,6 +209,30 @@ class LlamaPlan(Plan):
         for head in range(0, n_heads, step):
             rows = self.model.decode(source, head * head_dim, min(head + step, n_heads) * head_dim)
             yield rows.reshape(-1, 2, head_dim // 2, n_cols).swapaxes(1, 2).reshape(-1, n_cols)
+
+
+class _Requests(Checkpoint):
+    """Stands in for a file while the runtime loads a model from it, and notes what that asks for."""
+
+    def __init__(self, config: ModelConfig, path: Path, has: Callable[[str], bool]) -> None:
+        """`has` says which of the tensors that may be missing there are."""
+        self.config, self.path, self._has = config, path, has
+        self.shapes: dict[str, tuple[int, ...]] = {}  # by the names of the runtime
+
+    def __contains__(self, name: str) -> bool:
+        return self._has(name)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        return {}
+
+    def weight(self, name: str, *shape: int) -> Weight:
+        self.shapes[name] = shape
+        return Weight(name, F32, shape, np.zeros(0, np.uint8))
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        self.shapes[name] = (size,)
+        return np.zeros(size, np.float32)
 
 
 def _encode_parts(parts: Iterable[np.ndarray], fmt: BlockFormat) -> Iterator[np.ndarray]:

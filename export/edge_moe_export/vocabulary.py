@@ -21,7 +21,7 @@ _IDS = {  # by the name in tokenizer_config.json; the last but one is misspelt i
 }  # fmt: skip
 
 # llama.cpp knows a pre-tokenizer by the SHA-256 of the ids of this text, written as a Python list.
-_CHECK_TEXT = (
+CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
@@ -78,14 +78,11 @@ def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]
     """All `tokenizer.` keys. Raises FormatError (damaged) and UnsupportedError (no byte-level BPE)."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        other = next((name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()), None)
         raise UnsupportedError(
-            f"{path}: no such file"
-            + (f", only {other}, which is not read here" if other else "")
-            + "; convert needs the tokenizer as a byte-level BPE tokenizer.json"
+            f"{path}: no such file; convert needs a tokenizer.json, tokenizer.model or (of Kimi) tiktoken.model there"
         )
     tokenizer = read_json(path)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = tokenizer_config(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         kind = model.get("type") if isinstance(model, dict) else model
@@ -104,6 +101,12 @@ def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]
         **special.metadata(),
         **chat_templates(folder, config),
     }
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json, empty where it has none."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -271,10 +274,10 @@ def _pre_tokenizer(
     path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None, params: HyperParameters
 ) -> str:
     """The name that `tokenizer.ggml.pre` has for this tokenizer's splitting rules."""
-    ids = loaded.encode(_CHECK_TEXT).ids
+    ids = loaded.encode(CHECK_TEXT).ids
     # The hashes were made with transformers, which adds the first token by tokenizer_config.json instead of the file.
     bos_id = loaded.token_to_id(bos) if bos else None
-    for candidate in (ids, [bos_id, *ids], loaded.encode(_CHECK_TEXT, add_special_tokens=False).ids):
+    for candidate in (ids, [bos_id, *ids], loaded.encode(CHECK_TEXT, add_special_tokens=False).ids):
         name = _NAMES_BY_HASH.get(hashlib.sha256(str(candidate).encode()).hexdigest())
         if name:
             return name
@@ -312,7 +315,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     template = config.get("chat_template")
     if template is None and (folder / "chat_template.jinja").is_file():
         template = _read_text(folder / "chat_template.jinja")
-        others = sorted((folder / "additionalchat_templates").glob("*.jinja"))
+        others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         if others:
             template = [{"name": "default", "template": template}]
             template += [{"name": other.stem, "template": _read_text(other)} for other in others]
