@@ -27,17 +27,19 @@ from typing import Any
 
 import numpy as np
 from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
-from numba import prange
+from numba import prange, types
 
 from edge_moe.cli.report import Display, format_bytes, write_json
 from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import EdgeMoeError
 from edge_moe.kernels.jit import parallel_kernel
+from edge_moe.kernels.simd import address_of, i32x16, load, prefetch, splat, store
 
 OURS, THEIRS = "edge_moe", "llama.cpp"
 CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
 READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
 READ_PASSES = 5
+READ_AHEAD = 2048
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ def llama_speed(args: argparse.Namespace, test: Test) -> float:
     prompt, generated = (test.n_tokens, 0) if test.kind == "pp" else (0, test.n_tokens)
     words = ["-p", prompt, "-n", generated, "-d", test.depth, "-r", args.repetitions, "-o", "json"]
     words += ["-t", args.threads] if args.threads else []
-    words += ["-ctk", CACHE_TYPES[args.kv]] if args.kv else []
-    if args.kv and args.has_values:  # which llama.cpp keeps as it pleases in flash attention only
-        words += ["-ctv", CACHE_TYPES[args.kv], "-fa", "1"]
+    words += ["-fa", "1"]  # with which it is faster, and without which it takes values in f16 only
+    kind = args.llama_kv or args.kv
+    if kind:
+        words += ["-ctk", CACHE_TYPES[kind]]
+        words += ["-ctv", CACHE_TYPES[kind]] if args.has_values else []
     output = run([find_tool("llama-bench", args.llama), "-m", args.model, *map(str, words)])
     entries = json_in(output, "[", "llama-bench")
     sizes = [(each["n_prompt"], each["n_gen"], each["n_depth"]) for each in entries]
@@ -99,15 +103,24 @@ def json_in(output: str, start: str, program: str) -> Any:
 
 @parallel_kernel
 def sum_words(words, n_parts):
-    """Read all of words u64[N] in n_parts side by side; returns their sum, so that no read can be left out."""
-    part = (words.size + n_parts - 1) // n_parts
-    sums = np.zeros(n_parts, np.uint64)
+    """Read all of words u32[N], n_parts side by side; returns their sum modulo 2**32, so that no read is left out.
+
+    In registers, and asked for far ahead: a loop of plain additions waits for itself before it waits for the memory.
+    """
+    n_lines = words.size // 64
+    part = (n_lines + n_parts - 1) // n_parts
+    sums = np.zeros((n_parts, 16), np.int32)
+    first, out = address_of(words), address_of(sums)
     for p in prange(n_parts):
-        total = np.uint64(0)
-        for i in range(p * part, min(words.size, (p + 1) * part)):
-            total += words[i]
-        sums[p] = total
-    return sums.sum()
+        a = b = c = d = splat(i32x16, types.int32(0))
+        for line in range(p * part, min(n_lines, (p + 1) * part)):
+            place = first + 256 * line
+            for i in range(READ_AHEAD, READ_AHEAD + 256, 64):
+                prefetch(place + i)
+            a, b = a + load(i32x16, place), b + load(i32x16, place + 64)
+            c, d = c + load(i32x16, place + 128), d + load(i32x16, place + 192)
+        store(out + 64 * p, (a + b) + (c + d))
+    return np.uint32((sums.sum() + words[64 * n_lines :].sum()) & 0xFFFFFFFF)
 
 
 def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
@@ -117,7 +130,7 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
     from edge_moe.kernels.elementwise import set_threads
 
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
-    words = np.ones(n_bytes // 8, np.uint64)  # ones, not zeros: untouched pages would all be the same one
+    words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
     set_threads(threads)
     best = 0.0
     for _ in range(READ_PASSES + 1):
@@ -352,6 +365,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=[kind for kind in KV_KINDS if kind in CACHE_TYPES],
         help="cache of both (default: each's own)",
     )
+    add("--llama-kv", choices=list(CACHE_TYPES), help="another cache for llama.cpp, whose own is f16 (default: --kv's)")
     add("--log", metavar="FILE", type=Path, help="JSON lines of the results (default MODEL's name with .bench.jsonl)")
     add("--plot", metavar="FILE", type=Path, help="write speed against context and prompt length (PNG or SVG)")
     add("--json", action="store_true", help="print one JSON document instead of the table")
@@ -378,6 +392,7 @@ def execute(args: argparse.Namespace) -> None:
         "model_bytes": status.st_size,
         "threads": args.threads,
         "kv": args.kv,
+        "llama_kv": args.llama_kv or args.kv,
         "repetitions": args.repetitions,
     }
     log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
