@@ -23,7 +23,7 @@ class LatentCache(TokenCache):
     """Latents of the tokens seen so far. Pages are taken from the system as the context grows.
 
     `kind` says how they are kept: "bf16" (2 bytes a number), "int8" (latents in 8 bits with a scale for each token and
-    128 dims, rope keys in bf16), "int4" (4 bits, with a step and a middle for each token and 32 dims) or "f32", which
+    128 dims, rope keys in 13), "int4" (4 bits, with a step and a middle for each token and 32 dims) or "f32", which
     loses nothing. With `gains` f32[layers,R], what each layer's norm multiplied its latents with, they are kept without
     them and rotated, so that no channel stands out; answers are given in the latents' own terms all the same.
     """

@@ -84,7 +84,8 @@ def in_four_bits(x):
 def kept(kind, c_kv, k_pe):
     """What a cache makes of latents and rope keys, f64."""
     latents = {"f32": np.asarray, "bf16": bf16, "int8": lambda x: rounded(x, 127), "int4": in_four_bits}[kind](c_kv)
-    return latents.astype(np.float64), (np.asarray(k_pe) if kind == "f32" else bf16(k_pe)).astype(np.float64)
+    keys = {"f32": np.asarray, "bf16": bf16}.get(kind, lambda x: rounded(x, 4095, x.shape[-1]))(k_pe)
+    return latents.astype(np.float64), keys.astype(np.float64)
 
 
 def slow_attention(kind, tokens, start, scale):
@@ -93,6 +94,8 @@ def slow_attention(kind, tokens, start, scale):
     latents, keys = kept(kind, c_kv, k_pe)
     if kind in ("int8", "int4"):
         q_latent = rounded(q_latent, MAX_QUERY, 128 if kind == "int8" else 32)
+        rope = q_pe.shape[-1]
+        q_pe = rounded(q_pe, min(32767, (2**31 - 1) // (4095 * rope)), rope)  # sums of products fit 32 bits
     out = np.empty((len(c_kv) - start, *q_latent.shape[1:]))
     for t in range(start, len(c_kv)):
         for h in range(q_latent.shape[1]):
@@ -329,24 +332,27 @@ def test_layers_do_not_touch_each_other(kind):
 
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (130, 6), (7, 3)])
 def test_int8_layout(rank, rope):
-    """Blocks of 16 tokens: codes [rank / 4][16][4], rope keys in bf16 [rope / 2][16][2], scales f32 [groups][16]."""
+    """Blocks of 16 tokens: codes [rank / 4][16][4], rope keys [rope / 2][16][2] in 13 bits, scales [groups + 1][16]."""
     n = 40
     tokens = random_tokens(np.random.default_rng(9), n, 1, rank, rope)
     cache = LatentCache(config(rank, rope), n, "int8")
     cache.attend(0, *tokens, 0.1, 1)
     quads, pairs, groups = -(-rank // 4), -(-rope // 2), -(-rank // 128)
-    assert cache.n_bytes == 3 * 64 * (quads + pairs + groups)
+    assert cache.n_bytes == 3 * 64 * (quads + pairs + groups + 1)
     start = -cache._memory.ctypes.data % 64
     blocks = cache._memory[start : start + cache.n_bytes].reshape(3, -1)
     codes, keys, scales = np.split(blocks, [64 * quads, 64 * (quads + pairs)], axis=1)
     codes = codes.reshape(3, quads, 16, 4).transpose(0, 2, 1, 3).reshape(48, -1)[:n, :rank] - np.uint8(SIGN_BIAS)
     expected_scales = quantized(tokens[2], 127)[1]
-    scales = np.ascontiguousarray(scales).view(np.float32).reshape(3, groups, 16).transpose(0, 2, 1).reshape(48, -1)
-    np.testing.assert_allclose(scales[:n], expected_scales, rtol=1e-6)
+    scales = np.ascontiguousarray(scales).view(np.float32).reshape(3, -1, 16).transpose(0, 2, 1).reshape(48, -1)
+    np.testing.assert_allclose(scales[:n, :-1], expected_scales, rtol=1e-6)
     assert np.abs(codes.view(np.int8) - tokens[2] / np.repeat(expected_scales, 128, -1)[:, :rank]).max() < 0.5001
     assert np.abs(codes.view(np.int8)).max() == 127
-    bits = np.ascontiguousarray(keys).view(np.uint16).reshape(3, pairs, 16, 2).transpose(0, 2, 1, 3).reshape(48, -1)
-    np.testing.assert_array_equal((bits.astype(np.uint32) << 16).view(np.float32)[:n, :rope], bf16(tokens[3]))
+    codes = np.ascontiguousarray(keys).view(np.int16).reshape(3, pairs, 16, 2).transpose(0, 2, 1, 3).reshape(48, -1)
+    key_scale = quantized(tokens[3], 4095, rope)[1]
+    np.testing.assert_allclose(scales[:n, -1:], key_scale, rtol=1e-6)
+    assert np.abs(codes[:n, :rope] - tokens[3] / key_scale).max() < 0.501
+    assert np.abs(codes).max() == 4095
 
 
 def hadamard(n):
@@ -390,19 +396,19 @@ def test_gains_of_zero_and_of_another_shape():
 
 
 def test_int4_layout():
-    """Blocks of 16 tokens: codes [rank / 8][16][4], rope keys, scales f32 [2][16], steps and middles [groups][16]."""
+    """Blocks of 16 tokens: codes [rank / 8][16][4], rope keys, scales f32 [3][16], steps and middles [groups][16]."""
     n, rank, rope = 20, 72, 6
     tokens = random_tokens(np.random.default_rng(16), n, 1, rank, rope)
     cache = LatentCache(config(rank, rope), n, "int4")
     cache.attend(0, *tokens, 0.1, 1)
     octets, pairs, groups = 9, 3, 3
-    assert cache.n_bytes == 2 * 64 * (octets + pairs + 2 + 2)
+    assert cache.n_bytes == 2 * 64 * (octets + pairs + 3 + 2)
     start = -cache._memory.ctypes.data % 64
     blocks = cache._memory[start : start + cache.n_bytes].reshape(2, -1)
-    codes, _, units, steps, middles, _ = np.split(blocks, np.cumsum([64 * octets, 64 * pairs, 128, 48, 48]), axis=1)
+    codes, _, units, steps, middles, _ = np.split(blocks, np.cumsum([64 * octets, 64 * pairs, 192, 48, 48]), axis=1)
     codes = codes.reshape(2, octets, 16, 1, 4) >> np.array([0, 4], np.uint8)[:, None] & 15
     codes = codes.transpose(0, 2, 1, 3, 4).reshape(32, rank)[:n].astype(np.float64) - 8
-    units = np.ascontiguousarray(units).view(np.float32).reshape(2, 2, 16).transpose(0, 2, 1).reshape(32, 2)[:n]
+    units = np.ascontiguousarray(units).view(np.float32).reshape(2, 3, 16).transpose(0, 2, 1).reshape(32, 3)[:n]
     steps, middles = (
         each.reshape(2, groups, 16).transpose(0, 2, 1).reshape(32, groups)[:n].astype(np.float64) * units[:, i, None]
         for i, each in enumerate((steps, middles.view(np.int8)))
@@ -443,7 +449,7 @@ def test_what_is_not_a_number_stays_so(kind, wrong, rank, place):
 def test_bytes_of_a_token():
     lite = config(512, 64, n_layers=27)
     per_token = {kind: latent_cache_bytes(lite, 4096, kind) / (27 * 4096) for kind in KV_KINDS}
-    assert per_token == {"bf16": 1152, "int8": 512 + 128 + 16, "int4": 256 + 128 + 40, "f32": 2304}
+    assert per_token == {"bf16": 1152, "int8": 512 + 128 + 20, "int4": 256 + 128 + 44, "f32": 2304}
     for kind in KV_KINDS:
         assert LatentCache(lite, 32, kind).n_bytes == latent_cache_bytes(lite, 32, kind)
 

@@ -34,7 +34,7 @@ FORMATS: dict[str, FormatTag] = {
     "int4": attention_nibbles.INT4,
     "f32": TAGS["F32"],
 }
-LONG_PARTS, MOST_PARTS = 8, 32  # so many parts occupy the threads; and so many do of any machine
+LONG_PARTS, MOST_PARTS = 8, 16  # so many parts occupy the threads; and so many do of any machine
 FEW_TOKENS = 8  # from here on there are tokens enough to occupy the threads without splitting the context
 
 # A plan is int64[N_FIELDS]; the same for all three kernels. Strides are bytes; the scale is given by its f64 bits.
@@ -73,7 +73,10 @@ def _part_tokens(n_tokens, length):
     """Tokens of a part of the context: many parts for few tokens, but no more than MOST_PARTS, as they are joined."""
     if n_tokens >= FEW_TOKENS:
         return 1 << 62
-    return CHUNK_TOKENS * (1 + length // (MOST_PARTS * CHUNK_TOKENS))
+    part_tokens = CHUNK_TOKENS
+    while length >= MOST_PARTS * part_tokens:
+        part_tokens *= 2
+    return part_tokens
 
 
 @inline_kernel
@@ -120,7 +123,7 @@ def attend_units(fmt, plan):
     part_tokens, n_parts = _part_tokens(n_tokens, length), _n_parts(plan, n_tokens)
     memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     scratch = (address_of(memory) + 63) & ~63
-    # Of a long context a thread takes all tiles of a part, which then lies in its own cache after the first.
+    # Of a long context a thread takes all tiles of a part: what one has read lies in its own cache for the others.
     tiles_at_once = n_tiles if n_parts >= LONG_PARTS else 1
     n_runs, shares = n_tokens * n_parts * n_tiles // tiles_at_once, _field(plan, SHARES)
     while True:
@@ -128,18 +131,21 @@ def attend_units(fmt, plan):
         run, stop = first_of_unit(unit, n_runs, shares, 1), first_of_unit(unit + 1, n_runs, shares, 1)
         if run >= n_runs:
             return memory.size  # the memory must live until here
-        for each in range(run * tiles_at_once, min(stop, n_runs) * tiles_at_once):
-            i, tile = each // n_tiles, each % n_tiles
+        for start in range(run * tiles_at_once, min(stop, n_runs) * tiles_at_once, tiles_at_once):
+            i, first_tile = start // n_tiles, start % n_tiles
             t, begin = i // n_parts, i % n_parts * part_tokens
             end = min(begin + part_tokens, length + t + 1)
-            query = _field(plan, QUERIES) + (t * n_tiles + tile) * _field(plan, QUERY_BYTES)
-            partial = _field(plan, PARTS) + each * _field(plan, PART_BYTES)
-            store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
-            for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
-                store(place, splat(f32x16, types.float32(0.0)))
+            for each in range(start, start + tiles_at_once):
+                partial = _field(plan, PARTS) + each * _field(plan, PART_BYTES)
+                store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
+                for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
+                    store(place, splat(f32x16, types.float32(0.0)))
             for first in range(begin, end, CHUNK_TOKENS):
                 n = min(CHUNK_TOKENS, end - first)
-                fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
+                for k in range(tiles_at_once):
+                    query = _field(plan, QUERIES) + (t * n_tiles + first_tile + k) * _field(plan, QUERY_BYTES)
+                    partial = _field(plan, PARTS) + (start + k) * _field(plan, PART_BYTES)
+                    fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
 
 
 @kernel

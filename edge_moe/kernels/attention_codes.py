@@ -1,7 +1,8 @@
 """The latent cache in 8 bits: the methods of its format that attention.py is written in.
 
-16 tokens form a block: codes [rank / 4][16 tokens][4 dims] with a sign, rope keys as pairs of bf16 [rope / 2][16][2],
-and a float scale for each token and each 128 dims of the latent, [groups][16]. A latent is filled up with zeros to a
+16 tokens form a block: codes [rank / 4][16 tokens][4 dims] with a sign, rope keys as pairs of 13 bits with a sign in 16
+[rope / 2][16][2], and a float scale for each token and each 128 dims of the latent, and one for its rope key,
+[groups + 1][16]. A latent is filled up with zeros to a
 multiple of 4, a rope key to one of 2. Codes are stored by `stored_sign`, as the CPU multiplies them. Both as keys and
 as values they are multiplied as whole numbers, once a load for all heads of a tile.
 """
@@ -32,14 +33,11 @@ from edge_moe.kernels.attention_tiles import (
     tile_add_values,
     tile_make_high,
     tile_numbers,
-    to_bfloat,
-    u32x16,
 )
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
-from edge_moe.kernels.elementwise import to_bf16
 from edge_moe.kernels.functions import exp2
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import both_sides, inline_kernel
 from edge_moe.kernels.simd import (
     absolute,
     convert,
@@ -47,6 +45,8 @@ from edge_moe.kernels.simd import (
     f32x16,
     fma,
     i8x16,
+    i16x16,
+    i16x32,
     i32x16,
     larger,
     load,
@@ -57,14 +57,14 @@ from edge_moe.kernels.simd import (
     rounded,
     splat,
     store,
-    view,
 )
-from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store, tile_zero
+from edge_moe.kernels.tiles import tile_add_pairs, tile_add_scaled, tile_store, tile_zero
 
 PREFETCH_BYTES = 8192
 GROUP = 128  # dims that share a token's scale
 BLOCK_TOKENS = 16
 MAX_CODE = 127
+MAX_ROPE_KEY = 4095  # a sum of products with queries must stay within 32 bits
 
 
 class CodeFormat(FormatTag):
@@ -98,12 +98,12 @@ def _scales(rank, rope):
 
 @inline_kernel
 def _block_bytes(rank, rope):
-    return _scales(rank, rope) + 64 * _groups(rank)
+    return _scales(rank, rope) + 64 * (_groups(rank) + 1)
 
 
 def block_bytes(rank: int, rope: int) -> int:
     """Bytes of 16 tokens: codes, rope keys and scales."""
-    return 64 * (-(-rank // 4) + -(-rope // 2) + -(-rank // GROUP))
+    return 64 * (-(-rank // 4) + -(-rope // 2) + -(-rank // GROUP) + 1)
 
 
 def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
@@ -118,18 +118,15 @@ def decode_blocks(blocks: np.ndarray, rank: int, rope: int) -> tuple[np.ndarray,
     # a code with a bias wraps to its sign
     codes = (codes - np.uint8(SIGN_BIAS)).view(np.int8).reshape(-1, quads, BLOCK_TOKENS, 4).transpose(0, 2, 1, 3)
     steps = np.ascontiguousarray(scales).view(np.float32).reshape(len(blocks), -1, BLOCK_TOKENS).transpose(0, 2, 1)
-    latents = (
-        codes.reshape(-1, 4 * quads)[:, :rank]
-        * np.repeat(steps.reshape(len(codes) * BLOCK_TOKENS, -1), GROUP, 1)[:, :rank]
-    )
-    return latents, decode_rope_keys(keys, rope)
+    steps = steps.reshape(len(codes) * BLOCK_TOKENS, -1)
+    latents = codes.reshape(-1, 4 * quads)[:, :rank] * np.repeat(steps[:, :-1], GROUP, 1)[:, :rank]
+    return latents, decode_rope_keys(keys, steps[:, -1:], rope)
 
 
-def decode_rope_keys(keys: np.ndarray, rope: int) -> np.ndarray:
-    """Rope keys of blocks u8[n,64 pairs] -> f32[16 n,rope]."""
-    bits = np.ascontiguousarray(keys).view(np.uint16).reshape(len(keys), -1, BLOCK_TOKENS, 2).transpose(0, 2, 1, 3)
-    wide = bits.reshape(len(keys) * BLOCK_TOKENS, -1)[:, :rope].astype(np.uint32) << 16
-    return wide.view(np.float32)
+def decode_rope_keys(keys: np.ndarray, steps: np.ndarray, rope: int) -> np.ndarray:
+    """Rope keys of blocks u8[n,64 pairs], with the tokens' steps f32[16 n,1] -> f32[16 n,rope]."""
+    codes = np.ascontiguousarray(keys).view(np.int16).reshape(len(keys), -1, BLOCK_TOKENS, 2).transpose(0, 2, 1, 3)
+    return codes.reshape(len(keys) * BLOCK_TOKENS, -1)[:, :rope] * steps
 
 
 @inline_kernel
@@ -165,13 +162,21 @@ def code_of(value, inverse):
 
 
 @inline_kernel
-def store_rope_key(keys, k_pe, rope):
-    """A token's rope key as pairs of bf16, 64 bytes from one pair to the next."""
-    for i in range(0, rope - 15, 16):
-        scatter(keys + 32 * i, 64, to_bfloat(load(f32x16, k_pe + 4 * i)))
-    for i in range(rope & ~15, 2 * rope_pairs(rope)):
-        value = load(types.float32, k_pe + 4 * i) if i < rope else types.float32(0.0)
-        store(keys + 64 * (i // 2) + 2 * (i % 2), to_bf16(value))
+def _store_pairs(pairs, stride, values, n, inverse):
+    """n floats at an address as codes of 16 bits, `stride` bytes from one pair of them to the next."""
+    for i in range(0, n - 15, 16):
+        scatter(pairs + stride * (i // 2), stride, convert(i16x16, codes_of(values + 4 * i, inverse)))
+    for i in range(n & ~15, 2 * rope_pairs(n)):
+        code = code_of(load(types.float32, values + 4 * i), inverse) if i < n else types.int32(0)
+        store(pairs + stride * (i // 2) + 2 * (i % 2), types.int16(code))
+
+
+@inline_kernel
+def store_rope_key(keys, scale, k_pe, rope):
+    """A token's rope key as pairs of codes, 64 bytes from one pair to the next, and its scale."""
+    step = largest_of(k_pe, rope) * types.float32(1 / MAX_ROPE_KEY)
+    store(scale, step)
+    _store_pairs(keys, 64, k_pe, rope, inverse_of(step))
 
 
 @overload_method(CodeFormat, "store_latent")
@@ -189,7 +194,7 @@ def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
             for i in range(end & ~15, (end + 3) & ~3):
                 code = code_of(load(types.float32, c_kv + 4 * i), inverse) if i < end else types.int32(0)
                 store(block + 64 * (i // 4) + i % 4, types.uint8(code + SIGN_BIAS))
-        store_rope_key(block + 64 * _quads(rank), k_pe, rope)
+        store_rope_key(block + 64 * _quads(rank), block + _scales(rank, rope) + 64 * _groups(rank), k_pe, rope)
 
     return store_latent
 
@@ -229,13 +234,24 @@ def store_query_codes(tile, h, q, first, end, inverse):
     return total
 
 
+@both_sides
+def most_rope_query(rope):
+    """The largest code of a rope query: as large as keeps the sums of products with keys within 32 bits."""
+    return min(32767, 2147483647 // (MAX_ROPE_KEY * max(rope, 1)))
+
+
+@inline_kernel
+def rope_query_bytes(rope):
+    """Bytes of a head's rope query: pairs of codes, and its scale."""
+    return 4 * rope_pairs(rope) + 4
+
+
 @inline_kernel
 def store_rope_query(place, q_pe, rope, scale):
-    """A head's rope query times the softmax's scale, interleaved with those of the other heads."""
-    for i in range(0, rope - 15, 16):
-        scatter(place + 4 * HEADS * i, 4 * HEADS, load(f32x16, q_pe + 4 * i) * scale)
-    for i in range(rope & ~15, rope):
-        store(place + 4 * HEADS * i, load(types.float32, q_pe + 4 * i) * scale)
+    """A head's rope query, interleaved with those of the other heads; the softmax's scale is in its scale."""
+    step = largest_of(q_pe, rope) / types.float32(most_rope_query(rope))
+    _store_pairs(place, 4 * HEADS, q_pe, rope, inverse_of(step))
+    store(place + 4 * HEADS * rope_pairs(rope), step * scale)
 
 
 @overload_method(CodeFormat, "query_tile")
@@ -243,7 +259,7 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         sums, scales, keys = _query_places(rank)
         if n_heads < HEADS or rank % 4 or rope % 2:  # what is not written below
-            for i in range(0, HEADS * (keys + 8 * rope_pairs(rope)), 4):
+            for i in range(0, HEADS * (keys + rope_query_bytes(rope)), 4):
                 store(tile + i, types.int32(0))
         for h in range(n_heads):
             q = q_latent + h * latent_stride
@@ -263,14 +279,12 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
 
 
 @inline_kernel
-def add_rope_scores(total, keys, query, rope_queries, rope):
-    """total f32 tile + products of 16 tokens' rope keys at an address with the heads' rope queries."""
+def add_rope_scores(total, keys, scales, query, rope_queries, rope):
+    """total f32 tile + products of 16 tokens' rope keys at an address, times their scales, with the heads' queries."""
+    sums = tile_zero(i32x16)
     for i in range(rope_pairs(rope)):
-        pair = load(u32x16, keys + 64 * i)
-        even, odd = view(f32x16, pair << types.uint32(16)), view(f32x16, pair & types.uint32(0xFFFF0000))
-        total = tile_add_product(total, even, query, rope_queries + 8 * i)
-        total = tile_add_product(total, odd, query, rope_queries + 8 * i + 4)
-    return total
+        sums = tile_add_pairs(sums, load(i16x32, keys + 64 * i), query, rope_queries + 4 * i)
+    return tile_add_scaled(total, sums, load(f32x16, scales), query, rope_queries + 4 * rope_pairs(rope))
 
 
 @inline_kernel
@@ -306,10 +320,12 @@ def _scores(block, n_blocks, query, rank, rope, out):
             if PAIRS:
                 scale = load(f32x16, second + places + 64 * g)
                 other = tile_add_scaled(other, second_tile(sums), scale, query, query_scales + 4 * g)
-        keys = 64 * _quads(rank)
-        tile_store(out + 64 * HEADS * b, add_rope_scores(total, first + keys, query, rope_queries, rope))
+        keys, scales = 64 * _quads(rank), places + 64 * _groups(rank)
+        total = add_rope_scores(total, first + keys, first + scales, query, rope_queries, rope)
+        tile_store(out + 64 * HEADS * b, total)
         if PAIRS:
-            tile_store(out + 64 * HEADS * (b + 1), add_rope_scores(other, second + keys, query, rope_queries, rope))
+            other = add_rope_scores(other, second + keys, second + scales, query, rope_queries, rope)
+            tile_store(out + 64 * HEADS * (b + 1), other)
 
 
 @inline_kernel
@@ -407,6 +423,7 @@ def join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head):
         for place in range(0, 16 * HEADS, 64):
             factor = load(f32x16, weights + 64 * n + place)
             for i in range(place, 16 * HEADS * quads, 16 * HEADS):
+                prefetch(context + c * next_part + i + 2048)  # often in another core's cache
                 value = load(f32x16, context + c * next_part + i) * factor
                 if c > 0:
                     value = value + load(f32x16, context + i)

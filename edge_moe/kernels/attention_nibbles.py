@@ -1,10 +1,11 @@
 """The latent cache in 4 bits: the methods of its format that attention.py is written in.
 
 16 tokens form a block: codes [rank / 8][16 tokens][4 bytes], the low half of a byte for the first 4 dims of 8 and the
-high half for the others; rope keys as in 8 bits; for each token what a step and a middle are in, f32 [2][16]; and for
-each 32 dims of the latent a step u8 [groups][16] and a middle i8 [groups][16]. A dim is middle + step * (code - 8).
-Codes are unpacked to bytes where they are multiplied, then all goes as in attention_codes.py; what the middles add to
-scores and values is one number for each group. A latent is filled up to a multiple of 8.
+high half for the others; rope keys as in 8 bits; for each token what a step and a middle are in and the rope key's
+scale, f32 [3][16]; and for each 32 dims of the latent a step u8 [groups][16] and a middle i8 [groups][16]. A dim is
+middle + step * (code - 8). Codes are unpacked to bytes where they are multiplied, then all goes as in
+attention_codes.py; what the middles add to scores and values is one number for each group. A latent is filled up to a
+multiple of 8.
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ from edge_moe.kernels.attention_codes import (
     join_quads,
     largest_of,
     rope_pairs,
+    rope_query_bytes,
     softmax_of_blocks,
     store_query_codes,
     store_rope_key,
@@ -79,12 +81,12 @@ def _scales(rank, rope):
 
 @inline_kernel
 def _block_bytes(rank, rope):
-    return _scales(rank, rope) + 128 + (32 * _groups(rank) + 63) // 64 * 64
+    return _scales(rank, rope) + 192 + (32 * _groups(rank) + 63) // 64 * 64
 
 
 def block_bytes(rank: int, rope: int) -> int:
     """Bytes of 16 tokens: codes, rope keys, scales, steps and middles."""
-    return 64 * (-(-rank // 8) + -(-rope // 2) + 2 + -(-rank // GROUP // 2))
+    return 64 * (-(-rank // 8) + -(-rope // 2) + 3 + -(-rank // GROUP // 2))
 
 
 def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
@@ -95,18 +97,18 @@ def layer_bytes(n_tokens: int, rank: int, rope: int) -> int:
 def decode_blocks(blocks: np.ndarray, rank: int, rope: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks u8[n,block_bytes] as floats: latents f32[16 n,rank], rope keys f32[16 n,rope]."""
     octets, pairs, groups = -(-rank // 8), -(-rope // 2), -(-rank // GROUP)
-    ends = np.cumsum([64 * octets, 64 * pairs, 128, 16 * groups, 16 * groups])
+    ends = np.cumsum([64 * octets, 64 * pairs, 192, 16 * groups, 16 * groups])
     codes, keys, scales, steps, middles, _ = np.split(blocks, ends, axis=1)
     halves = codes.reshape(-1, octets, BLOCK_TOKENS, 1, 4) >> np.array([[0], [4]], np.uint8) & np.uint8(15)
     signed = halves.transpose(0, 2, 1, 3, 4).reshape(-1, 8 * octets)[:, :rank].astype(np.float32) - _ZERO_CODE
-    units = np.ascontiguousarray(scales).view(np.float32).reshape(-1, 2, 1, BLOCK_TOKENS)
+    units = np.ascontiguousarray(scales).view(np.float32).reshape(-1, 3, 1, BLOCK_TOKENS)
 
     def of_dims(codes: np.ndarray, unit: int) -> np.ndarray:
         values = codes.reshape(-1, groups, BLOCK_TOKENS) * units[:, unit]
         return np.repeat(values.transpose(0, 2, 1).reshape(-1, groups), GROUP, 1)[:, :rank]
 
     latents = of_dims(middles.view(np.int8), 1) + of_dims(steps, 0) * signed
-    return latents, decode_rope_keys(keys, rope)
+    return latents, decode_rope_keys(keys, units[:, 2].reshape(-1, 1), rope)
 
 
 @inline_kernel
@@ -130,7 +132,7 @@ def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
         token = position % BLOCK_TOKENS
         block = cache + position // BLOCK_TOKENS * _block_bytes(rank, rope)
         scales = block + _scales(rank, rope)
-        steps, middles = scales + 128 + token, scales + 128 + 16 * _groups(rank) + token
+        steps, middles = scales + 192 + token, scales + 192 + 16 * _groups(rank) + token
         most_step = most_middle = types.float32(0.0)
         for g in range(_groups(rank)):
             low, high = _range(c_kv, g * GROUP, min(rank, (g + 1) * GROUP))
@@ -160,7 +162,7 @@ def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
                         code = min(max(types.int32(nearest) + _ZERO_CODE, 0), MAX_CODE)
                     word |= types.uint32(code) << types.uint32(8 * (k % 4) + 4 * (k // 4))
                 store(block + 64 * (i // 8) + 4 * token, types.uint32(word))
-        store_rope_key(block + 64 * _octets(rank) + 4 * token, k_pe, rope)
+        store_rope_key(block + 64 * _octets(rank) + 4 * token, scales + 128 + 4 * token, k_pe, rope)
 
     return store_latent
 
@@ -180,7 +182,7 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         first_sums, scales, sums, keys = _query_places(rank)
         if n_heads < HEADS or rank % 8 or rope % 2:  # what is not written below
-            for i in range(0, HEADS * (keys + 8 * rope_pairs(rope)), 4):
+            for i in range(0, HEADS * (keys + rope_query_bytes(rope)), 4):
                 store(tile + i, types.int32(0))
         for h in range(n_heads):
             q = q_latent + h * latent_stride
@@ -211,12 +213,12 @@ def _unpack(codes, pair):
 @inline_kernel
 def _steps_of(scales, g):
     """A group's steps of 16 tokens f32x16."""
-    return convert(f32x16, load(u8x16, scales + 128 + 16 * g)) * load(f32x16, scales)
+    return convert(f32x16, load(u8x16, scales + 192 + 16 * g)) * load(f32x16, scales)
 
 
 @inline_kernel
 def _middles_of(scales, rank, g):
-    return convert(f32x16, load(i8x16, scales + 128 + 16 * (_groups(rank) + g))) * load(f32x16, scales + 64)
+    return convert(f32x16, load(i8x16, scales + 192 + 16 * (_groups(rank) + g))) * load(f32x16, scales + 64)
 
 
 @inline_kernel
@@ -235,7 +237,7 @@ def _scores(block, n_blocks, query, rank, rope, out, pair):
                 offset += 2 * QUERY_BYTES
             total = tile_add_scaled(total, sums, _steps_of(scales, g), query, query_scales + 4 * g)
             total = tile_add_product(total, _middles_of(scales, rank, g), query, query_sums + 4 * g)
-        total = add_rope_scores(total, codes, query, rope_queries, rope)
+        total = add_rope_scores(total, codes, scales + 128, query, rope_queries, rope)
         tile_store(out + 64 * HEADS * b, total)
         block += _block_bytes(rank, rope)
 

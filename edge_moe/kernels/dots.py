@@ -74,6 +74,18 @@ def pair_sums_32(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return _in_registers(builder, [a, b], one)
 
 
+def add_pair_sums_32(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total i32 + `pair_sums_32`, in one step where the CPU has it."""
+    if _PAIR_DOT is None:
+        return builder.add(total, pair_sums_32(builder, a, b))
+
+    def one(t: ir.Value, u: ir.Value, v: ir.Value) -> ir.Value:
+        as_words = ir.VectorType(I32, u.type.count // 2)
+        return call(builder, _PAIR_DOT, t.type, [t, builder.bitcast(u, as_words), builder.bitcast(v, as_words)])
+
+    return _in_registers(builder, [total, a, b], one)
+
+
 def _fold_pairs(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
     n = v.type.count
     return builder.add(rearrange(builder, v, range(0, n, 2)), rearrange(builder, v, range(1, n, 2)))
@@ -178,12 +190,7 @@ def add_scaled_dot(typingctx: Any, fmt: Any, total: Any, codes: Any, x: Any, sca
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, total, codes, x, scale = args
         if _PAIR_DOT is not None and fits_16_bits:
-
-            def one(t: ir.Value, u: ir.Value, v: ir.Value) -> ir.Value:
-                as_words = ir.VectorType(I32, u.type.count // 2)
-                return call(builder, _PAIR_DOT, t.type, [t, builder.bitcast(u, as_words), builder.bitcast(v, as_words)])
-
-            return _in_registers(builder, [total, _pair_sums_16(builder, codes, x), scale], one)
+            return add_pair_sums_32(builder, total, _pair_sums_16(builder, codes, x), scale)
         if not VIA_16_BITS:
             scale = builder.sext(rearrange(builder, scale, range(0, 32, 2)), llvm_type(i32x16))
         group = GroupDot(builder, fmt, total, scale)

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_moe.kernels.dots import BYTE, I32, GroupDot, pair_sums_32
+from edge_moe.kernels.dots import BYTE, I32, GroupDot, add_pair_sums_32
 from edge_moe.kernels.simd import (
     Vector,
     call,
@@ -104,8 +104,7 @@ def tile_add_pairs(typingctx: Any, total: Any, pairs: Any, x: Any, offset: Any) 
         total, pairs, x, offset = args
         sums = []
         for acc, both in zip(unpack_tile(builder, total), numbers_at(builder, x, offset, 0, I32), strict=True):
-            product = pair_sums_32(builder, pairs, builder.bitcast(both, llvm_type(i16x32)))
-            sums.append(builder.add(acc, product))
+            sums.append(add_pair_sums_32(builder, acc, pairs, builder.bitcast(both, llvm_type(i16x32))))
         return pack_tile(builder, sums)
 
     return total(total, i16x32, types.int64, types.int64), codegen
