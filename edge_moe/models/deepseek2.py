@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.backends.cpu import CpuBackend, Operations
+from edge_moe.backends.protocol import Array, Backend, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, DeepseekV2Config
 from edge_moe.errors import UnsupportedError
-from edge_moe.latent_cache import LatentCache
 from edge_moe.models import rope
 from edge_moe.models.feed_forward import MLP, activation_bytes, load_mlp
 from edge_moe.models.inputs import check_tokens
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 
@@ -144,20 +144,24 @@ def _load_moe(checkpoint: Checkpoint, c: DeepseekV2Config, name: str) -> MoE:
 class DeepseekV2:
     """The model: token ids in, logits out, the latent cache passed in."""
 
-    def __init__(self, config: DeepseekV2Config, weights: Weights, backend: CpuBackend) -> None:
+    def __init__(self, config: DeepseekV2Config, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.weights = weights
         self.backend = backend
         self._inv_freq = rope_frequencies(config)
 
-    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> LatentCache:
+    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> TokenCache:
         """An empty cache. In 4 bits latents are kept rotated, unless the file's own are so. Raises OptionError."""
         gains = None
         if kind == "int4" and not self.config.latent_is_rotated:
             gains = np.stack([layer.self_attn.kv_a_layernorm for layer in self.weights.layers])
-        return LatentCache(self.config, context_length, kind, gains)
+        return self.backend.latent_cache(self.config, context_length, kind, gains)
 
-    def forward(self, token_ids: np.ndarray, cache: LatentCache, *, all_logits: bool = False) -> np.ndarray:
+    def prepare(self, context_length: int, kind: str = KV_KINDS[0]) -> None:
+        """Let the backend put the weights where it uses them, beside a cache of that size. Raises OptionError."""
+        self.backend.prepare(self._compute, self.new_cache(context_length, kind))
+
+    def forward(self, token_ids: np.ndarray, cache: TokenCache, *, all_logits: bool = False) -> np.ndarray:
         """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last.
 
         Raises ShapeError for ids outside the vocabulary and for more tokens than the cache has room for.
@@ -167,7 +171,7 @@ class DeepseekV2:
         cache.advance(len(token_ids))
         return logits
 
-    def _compute(self, ops: Operations, token_ids: np.ndarray, cache: LatentCache, all_logits: bool) -> np.ndarray:
+    def _compute(self, ops: Operations, token_ids: Array, cache: TokenCache, all_logits: bool) -> Array:
         """The pass itself. All arithmetic is done by `ops`: between them arrays are only cut and reshaped."""
         c = self.config
         factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
@@ -187,12 +191,12 @@ class DeepseekV2:
         self,
         ops: Operations,
         w: Attention,
-        x: np.ndarray,
-        cos: np.ndarray,
-        sin: np.ndarray,
-        cache: LatentCache,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        cache: TokenCache,
         layer: int,
-    ) -> np.ndarray:
+    ) -> Array:
         """Multi-head latent attention. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
         c, n_tokens = self.config, len(x)
         if isinstance(w.q_proj, LowRankQuery):
@@ -219,8 +223,8 @@ class DeepseekV2:
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
     def feed_forward(
-        self, ops: Operations, w: MLP | MoE, x: np.ndarray, h: np.ndarray | None = None, following: Layer | None = None
-    ) -> np.ndarray:
+        self, ops: Operations, w: MLP | MoE, x: Array, h: Array | None = None, following: Layer | None = None
+    ) -> Array:
         """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2.
 
         Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
@@ -238,7 +242,7 @@ class DeepseekV2:
         out = ops.experts(x, ids, gates, experts.gate_proj, experts.up_proj, experts.down_proj)
         return out if w.shared_experts is None else ops.add(out, shared)
 
-    def route(self, ops: Operations, w: MoE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def route(self, ops: Operations, w: MoE, x: Array) -> tuple[Array, Array]:
         """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""
         c = self.config
         return ops.route(

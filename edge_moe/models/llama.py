@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.backends.cpu import CpuBackend, Operations
+from edge_moe.backends.protocol import Array, Backend, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import UnsupportedError
-from edge_moe.kv_cache import KvCache
 from edge_moe.models import rope
 from edge_moe.models.feed_forward import MLP, activation_bytes, load_mlp
 from edge_moe.models.inputs import check_tokens
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 
@@ -108,7 +108,7 @@ def _load_layer(checkpoint: Checkpoint, c: LlamaConfig, index: int) -> Layer:
 class Llama:
     """The model: token ids in, logits out, the cache of keys and values passed in."""
 
-    def __init__(self, config: LlamaConfig, weights: Weights, backend: CpuBackend) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.weights = weights
         self.backend = backend
@@ -117,11 +117,15 @@ class Llama:
             self._inv_freq = self._inv_freq / weights.rope_freqs
         self._no_bias = np.zeros(config.n_routed_experts, np.float32)
 
-    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> KvCache:
+    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> TokenCache:
         """An empty cache of keys and values. Raises OptionError."""
-        return KvCache(self.config, context_length, kind)
+        return self.backend.kv_cache(self.config, context_length, kind)
 
-    def forward(self, token_ids: np.ndarray, cache: KvCache, *, all_logits: bool = False) -> np.ndarray:
+    def prepare(self, context_length: int, kind: str = KV_KINDS[0]) -> None:
+        """Let the backend put the weights where it uses them, beside a cache of that size. Raises OptionError."""
+        self.backend.prepare(self._compute, self.new_cache(context_length, kind))
+
+    def forward(self, token_ids: np.ndarray, cache: TokenCache, *, all_logits: bool = False) -> np.ndarray:
         """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last.
 
         Raises ShapeError for ids outside the vocabulary and for more tokens than the cache has room for.
@@ -131,7 +135,7 @@ class Llama:
         cache.advance(len(token_ids))
         return logits
 
-    def _compute(self, ops: Operations, token_ids: np.ndarray, cache: KvCache, all_logits: bool) -> np.ndarray:
+    def _compute(self, ops: Operations, token_ids: Array, cache: TokenCache, all_logits: bool) -> Array:
         """The pass itself. All arithmetic is done by `ops`: between them arrays are only cut and reshaped."""
         c = self.config
         factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
@@ -150,12 +154,12 @@ class Llama:
         self,
         ops: Operations,
         w: Attention,
-        x: np.ndarray,
-        cos: np.ndarray,
-        sin: np.ndarray,
-        cache: KvCache,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        cache: TokenCache,
         layer: int,
-    ) -> np.ndarray:
+    ) -> Array:
         """Grouped-query attention. x f32[T,D] -> f32[T,D]. Source: arXiv 2305.13245, section 2.2."""
         c, n_tokens = self.config, len(x)
         q, k, v = ops.linear(x, w.q_proj, w.k_proj, w.v_proj)
@@ -165,7 +169,7 @@ class Llama:
         values = ops.grouped_attention(q, k, v, cache, layer, 1 / math.sqrt(c.head_dim))
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
-    def feed_forward(self, ops: Operations, w: MLP | MoE, x: np.ndarray) -> np.ndarray:
+    def feed_forward(self, ops: Operations, w: MLP | MoE, x: Array) -> Array:
         """A dense MLP, or the experts of a softmax over the chosen ones. x f32[T,D] -> f32[T,D]."""
         if isinstance(w, MLP):
             return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
