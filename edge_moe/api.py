@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from edge_moe.backends.choice import DeviceStats, choose_backend, open_backend
 from edge_moe.backends.cpu import CpuBackend
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
 from edge_moe.config import KV_KINDS, ModelConfig
-from edge_moe.errors import OptionError
+from edge_moe.errors import DeviceError, OptionError
 from edge_moe.expert_store import ExpertStore
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
@@ -42,6 +43,9 @@ class Model:
         route_slack: float = 0.0,
         routes: np.ndarray | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
+        backend: str = "cpu",
+        vram_bytes: int | None = None,
+        on_backend: Callable[[str], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -57,10 +61,17 @@ class Model:
         self._pass: LanguageModel
         self.memory_plan: MemoryPlan | None = None  # None: all of the file fits
         self.expert_store: ExpertStore | None = None
+        self.backend = "cpu"
+        self.device_name: str | None = None  # of a backend with a device
+        self.device_stats: DeviceStats | None = None  # what was sent there
         if isinstance(checkpoint, OnnxFolder):
+            if backend not in ("auto", "cpu") or vram_bytes is not None:
+                raise OptionError(f"--backend {backend}: {checkpoint.path} is an ONNX model, which onnxruntime runs")
             if ram_bytes is not None:
                 raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)
+        elif (on_device := self._device_pass(checkpoint, backend, vram_bytes, ram_bytes, on_backend)) is not None:
+            self._pass = on_device
         else:
             layers = expert_layers(checkpoint)
             self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
@@ -74,6 +85,37 @@ class Model:
                     self.expert_store.seed(shares(routes, self.config.n_routed_experts))
                 checkpoint = hold_in_memory(checkpoint)
             self._pass = load_pass(checkpoint, CpuBackend(threads, self.expert_store))
+
+    def _device_pass(
+        self,
+        checkpoint: Checkpoint,
+        word: str,
+        vram_bytes: int | None,
+        ram_bytes: int | None,
+        on_backend: Callable[[str], None] | None,
+    ) -> LanguageModel | None:
+        """The pass on the device of the backend asked for; None for the CPU. Raises OptionError, DeviceError."""
+        name, reason = choose_backend(word)
+        try:
+            if name == "cpu":
+                if vram_bytes is not None and word != "auto":
+                    raise OptionError("--vram: the cpu backend has no device; add --backend vulkan, or leave it out")
+                return None
+            if ram_bytes is not None:
+                raise OptionError("--ram is the cpu backend's; --vram says how much of the device to take")
+            device = open_backend(name, vram_bytes)
+            model = load_pass(checkpoint, device)
+            model.prepare(self.context_length, self.kv)
+            self.backend, self.device_name, self.device_stats = name, device.name, device.stats
+            return model
+        except (DeviceError, OptionError) as error:
+            if word != "auto":
+                raise
+            name, reason = "cpu", str(error)
+            return None
+        finally:
+            if on_backend and word == "auto":
+                on_backend(f"backend {name}: {reason}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -189,6 +231,9 @@ def load(
     route_slack: float = 0.0,
     routes: np.ndarray | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
+    backend: str = "cpu",
+    vram_bytes: int | None = None,
+    on_backend: Callable[[str], None] | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
@@ -203,9 +248,12 @@ def load(
     Of such a model `routes` i16[T, layers, K], an earlier session's, say which experts to begin with; `route_slack`
     trades exactness for reads: see ExpertStore.
 
+    `backend` is "cpu", "vulkan" (a GPU, through wgpu; at most `vram_bytes` of its memory, the experts used last among
+    them) or "auto", which takes a device where there is one, and tells `on_backend` what it took and why.
+
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
-    Raises OptionError, FormatError, UnsupportedError, ReadError.
+    Raises OptionError, FormatError, UnsupportedError, ReadError, DeviceError.
     """
     if threads is None:
         threads = default_threads()
@@ -223,4 +271,7 @@ def load(
         route_slack=route_slack,
         routes=routes,
         on_plan=on_plan,
+        backend=backend,
+        vram_bytes=vram_bytes,
+        on_backend=on_backend,
     )
