@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from os import PathLike
@@ -10,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from edge_moe.backends.choice import DeviceStats, choose_backend, open_backend
+from edge_moe.backends.choice import choose_backend
 from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.mlx.backend import MlxBackend, import_mlx
+from edge_moe.backends.mlx.forms import form_bytes
+from edge_moe.backends.vulkan.backend import VulkanBackend
+from edge_moe.backends.vulkan.device import DeviceStats, find_adapter
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
 from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import DeviceError, OptionError
 from edge_moe.expert_store import ExpertStore
+from edge_moe.formats import BlockFormat
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
 from edge_moe.memory_plan import MemoryPlan, expert_layers, hold_in_memory, plan_memory
@@ -27,6 +33,16 @@ from edge_moe.token_cache import check_kind
 from edge_moe.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What is asked of a model that may not fit into memory; `load` says what each means."""
+
+    ram_bytes: int | None
+    route_slack: float
+    routes: np.ndarray | None
+    on_plan: Callable[[MemoryPlan], None] | None
 
 
 class Model:
@@ -70,52 +86,75 @@ class Model:
             if ram_bytes is not None:
                 raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)
-        elif (on_device := self._device_pass(checkpoint, backend, vram_bytes, ram_bytes, on_backend)) is not None:
-            self._pass = on_device
         else:
-            layers = expert_layers(checkpoint)
-            self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
-            if self.memory_plan is not None:
-                if on_plan:
-                    on_plan(self.memory_plan)
-                slots_bytes = self.memory_plan.slots_bytes
-                top_k = self.config.num_experts_per_tok
-                self.expert_store = ExpertStore(layers, slots_bytes, top_k, route_slack=route_slack)
-                if routes is not None:
-                    self.expert_store.seed(shares(routes, self.config.n_routed_experts))
-                checkpoint = hold_in_memory(checkpoint)
-            self._pass = load_pass(checkpoint, CpuBackend(threads, self.expert_store))
+            bound = _Bound(ram_bytes, route_slack, routes, on_plan)
+            on_device = self._device_pass(checkpoint, backend, vram_bytes, bound, on_backend or (lambda line: None))
+            self._pass = on_device or self._cpu_pass(checkpoint, bound)
 
     def _device_pass(
         self,
         checkpoint: Checkpoint,
         word: str,
         vram_bytes: int | None,
-        ram_bytes: int | None,
-        on_backend: Callable[[str], None] | None,
+        bound: "_Bound",
+        on_backend: Callable[[str], None],
     ) -> LanguageModel | None:
         """The pass on the device of the backend asked for; None for the CPU. Raises OptionError, DeviceError."""
         name, reason = choose_backend(word)
+        device: VulkanBackend | MlxBackend
         try:
+            if vram_bytes is not None and name != "vulkan" and word != "auto":
+                raise OptionError(f"--vram: the {name} backend has no memory of its own; --ram bounds all of it")
             if name == "cpu":
-                if vram_bytes is not None and word != "auto":
-                    raise OptionError("--vram: the cpu backend has no device; add --backend vulkan, or leave it out")
                 return None
-            if ram_bytes is not None:
-                raise OptionError("--ram is the cpu backend's; --vram says how much of the device to take")
-            device = open_backend(name, vram_bytes)
+            if name == "vulkan":
+                if bound.ram_bytes is not None:
+                    raise OptionError("--ram is not for the vulkan backend; --vram says how much of the device to take")
+                device = VulkanBackend(find_adapter(), vram_bytes)
+            else:
+                import_mlx()  # before memory is planned: it takes some
+                device = MlxBackend(self.threads, self._bounded_store(checkpoint, bound, form_bytes))
             model = load_pass(checkpoint, device)
             model.prepare(self.context_length, self.kv)
-            self.backend, self.device_name, self.device_stats = name, device.name, device.stats
-            return model
         except (DeviceError, OptionError) as error:
             if word != "auto":
                 raise
             name, reason = "cpu", str(error)
             return None
         finally:
-            if on_backend and word == "auto":
+            if word == "auto":
                 on_backend(f"backend {name}: {reason}")
+        self.backend, self.device_name = name, device.name
+        if isinstance(device, VulkanBackend):
+            self.device_stats = device.stats
+        elif device.weights.inexact:
+            formats = ", ".join(sorted(device.weights.inexact))
+            on_backend(f"backend mlx: {formats} has no equal there and is kept in 8-bit groups of 32, not without loss")
+        return model
+
+    def _cpu_pass(self, checkpoint: Checkpoint, bound: "_Bound") -> LanguageModel:
+        """The pass by our own kernels. Raises OptionError, ReadError."""
+        self.expert_store = self._bounded_store(checkpoint, bound, None)
+        if self.expert_store is not None:
+            checkpoint = hold_in_memory(checkpoint)
+        return load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
+
+    def _bounded_store(
+        self, checkpoint: Checkpoint, bound: "_Bound", form_bytes: Callable[[BlockFormat, int], int] | None
+    ) -> ExpertStore | None:
+        """Slots for experts where the model does not fit into memory. Raises OptionError, ReadError."""
+        layers = expert_layers(checkpoint)
+        plan = plan_memory(checkpoint, layers, self.context_length, self.kv, bound.ram_bytes, form_bytes)
+        self.memory_plan, self.expert_store = plan, None
+        if plan is None:
+            return None
+        if bound.on_plan:
+            bound.on_plan(plan)
+        top_k = self.config.num_experts_per_tok
+        self.expert_store = ExpertStore(layers, plan.slots_bytes, top_k, route_slack=bound.route_slack)
+        if bound.routes is not None:
+            self.expert_store.seed(shares(bound.routes, self.config.n_routed_experts))
+        return self.expert_store
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -248,8 +287,9 @@ def load(
     Of such a model `routes` i16[T, layers, K], an earlier session's, say which experts to begin with; `route_slack`
     trades exactness for reads: see ExpertStore.
 
-    `backend` is "cpu", "vulkan" (a GPU, through wgpu; at most `vram_bytes` of its memory, the experts used last among
-    them) or "auto", which takes a device where there is one, and tells `on_backend` what it took and why.
+    `backend` is "cpu", "mlx" (Apple's GPUs), "vulkan" (a GPU, through wgpu; at most `vram_bytes` of its memory, the
+    experts used last among them) or "auto", which takes a device where there is one. `on_backend` is told in a line
+    what auto took and why, and what a backend could not take over without loss.
 
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 

@@ -13,6 +13,8 @@ import edge_moe
 from edge_moe.backends import choice
 from edge_moe.backends.choice import Availability, backends, choose_backend
 from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.mlx.backend import MlxBackend
+from edge_moe.backends.mlx.operations import MlxOperations
 from edge_moe.backends.protocol import Backend, Operations
 from edge_moe.backends.recorder import Recorder
 from edge_moe.backends.vulkan import device
@@ -30,7 +32,7 @@ def members(protocol):
     return {name for name, value in vars(protocol).items() if not name.startswith("_") and value is not None}
 
 
-@pytest.mark.parametrize("operations", [CpuBackend, Recorder, DeviceRecorder])
+@pytest.mark.parametrize("operations", [CpuBackend, Recorder, DeviceRecorder, MlxOperations])
 def test_operations_are_those_of_the_protocol(operations):
     names = members(Operations)
     assert len(names) == 19
@@ -41,7 +43,7 @@ def test_operations_are_those_of_the_protocol(operations):
             assert list(inspect.signature(getattr(operations, name)).parameters) == list(expected), name
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, VulkanBackend])
+@pytest.mark.parametrize("backend", [CpuBackend, VulkanBackend, MlxBackend])
 def test_backends_are_those_of_the_protocol(backend):
     for name in members(Backend):
         expected = inspect.signature(getattr(Backend, name)).parameters
@@ -51,7 +53,7 @@ def test_backends_are_those_of_the_protocol(backend):
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.name)
 def test_a_pass_does_not_know_its_backend(path):
     source = path.read_text()
-    forbidden = ("CpuBackend", "Vulkan", "isinstance(ops", "isinstance(self.backend")
+    forbidden = ("CpuBackend", "Vulkan", "Mlx", "isinstance(ops", "isinstance(self.backend")
     assert not [word for word in forbidden if word in source]
     imports = [line for line in source.splitlines() if "import" in line and "backends" in line]
     assert all("edge_moe.backends.protocol" in line for line in imports)
@@ -67,24 +69,26 @@ def test_a_package_is_imported_only_when_its_backend_is_asked_for():
 
 
 @pytest.fixture
-def without_wgpu(monkeypatch):
+def without_packages(monkeypatch):
     whole = builtins.__import__
 
     def fail(name, *arguments, **keywords):
-        if name.split(".")[0] == "wgpu":
-            raise ImportError(name)
+        if name.split(".")[0] in ("wgpu", "mlx"):
+            raise ImportError(name, name=name)
         return whole(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", fail)
 
 
-def test_what_is_missing_is_said(without_wgpu, capsys):
-    cpu, vulkan = backends()
+def test_what_is_missing_is_said(without_packages, capsys):
+    cpu, mlx, vulkan = backends()
+    assert not mlx.is_there and "pip install 'edge-moe[mlx]'" in mlx.detail
     assert cpu.is_there
     assert not vulkan.is_there
     assert "pip install 'edge-moe[vulkan]'" in vulkan.detail
-    with pytest.raises(DeviceError, match=r"edge-moe\[vulkan\]"):
-        edge_moe.load(GOLDEN, backend="vulkan")
+    for name in ("mlx", "vulkan"):
+        with pytest.raises(DeviceError, match=rf"edge-moe\[{name}\]"):
+            edge_moe.load(GOLDEN, backend=name)
     assert main(["info", GOLDEN]) == 0
     assert "missing: wgpu is not installed" in capsys.readouterr().out
     assert main(["run", GOLDEN, "abc", "--backend", "vulkan"]) == 2
@@ -128,7 +132,8 @@ def test_auto_falls_back_with_a_line(monkeypatch, failure, capsys):
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr("edge_moe.api.open_backend", fail)
+    monkeypatch.setattr("edge_moe.api.find_adapter", lambda: None)
+    monkeypatch.setattr("edge_moe.api.VulkanBackend", fail)
     lines = []
     model = edge_moe.load(GOLDEN, backend="auto", on_backend=lines.append)
     assert (model.backend, lines) == ("cpu", [f"backend cpu: {failure}"])
@@ -142,8 +147,9 @@ def test_auto_falls_back_with_a_line(monkeypatch, failure, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vram_bytes": 1 << 30}, "--vram: the cpu backend has no device"),
-        ({"backend": "vulkan", "ram_bytes": 1 << 30}, "--ram is the cpu backend's"),
+        ({"vram_bytes": 1 << 30}, "--vram: the cpu backend has no memory of its own"),
+        ({"backend": "mlx", "vram_bytes": 1 << 30}, "--vram: the mlx backend has no memory of its own"),
+        ({"backend": "vulkan", "ram_bytes": 1 << 30}, "--ram is not for the vulkan backend"),
         ({"backend": "opencl"}, "--backend opencl: expected one of"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device_answers import MOST_KLD, TEXT, assert_same_text, forward, greedy_ids, mean_kld
 from gguf_files import rewrite, write_tiny_deepseek2
 from shapes import write_v2_lite
 from vulkan_device import adapter_or_skip
@@ -20,13 +21,6 @@ from edge_moe.sampling import SamplingOptions
 
 TESTS = Path(__file__).parent
 GOLDENS = sorted([*(TESTS / "golden").glob("*.gguf"), *(TESTS / "golden_llama").glob("*.gguf")])
-TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
-    "wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this "
-    "truth is so well fixed in the minds of the surrounding families, that he is considered the rightful property of "
-    "some one or other of their daughters."
-)
-MOST_KLD, NEAR_TIE = 1e-3, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -43,42 +37,6 @@ def reference():
 def model(adapter):
     """The reference model, all of it on the device."""
     return edge_moe.load(backend="vulkan", context_length=128)
-
-
-def mean_kld(reference, other):
-    """Of softmax of logits [T,vocab], in nats."""
-    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference.astype(float), other.astype(float)))
-    return (np.exp(p) * (p - q)).sum(-1).mean()
-
-
-def forward(model, ids, sizes, kv="bf16"):
-    """A pass's logits when tokens come in parts of these sizes."""
-    cache, out, first = model.new_cache(len(ids), kv), [], 0
-    for size in sizes:
-        out.append(model.forward(np.asarray(ids[first : first + size], np.int64), cache, all_logits=True))
-        first += size
-    return np.concatenate(out)
-
-
-def greedy_ids(model, prompt, n):
-    """The likeliest continuation, token by token, and each step's logits."""
-    cache = model.new_cache(len(prompt) + n)
-    ids, logits = [], model.forward(np.asarray(prompt), cache)[-1]
-    all_logits = [logits]
-    for _ in range(n):
-        ids.append(int(logits.argmax()))
-        logits = model.forward(np.array(ids[-1:]), cache)[-1]
-        all_logits.append(logits)
-    return ids, all_logits
-
-
-def assert_same_text(cpu, device, prompt, n=64):
-    """Greedy texts are identical, or part where the CPU's two likeliest tokens are nearly equal."""
-    (ours, logits), (theirs, _) = greedy_ids(cpu, prompt, n), greedy_ids(device, prompt, n)
-    parted = next((i for i in range(n) if ours[i] != theirs[i]), None)
-    if parted is not None:
-        second, first = np.sort(logits[parted])[-2:]
-        assert first - second < NEAR_TIE, f"texts part at token {parted}, {first - second} apart"
 
 
 @pytest.mark.parametrize("kv", ["bf16", "f32"])

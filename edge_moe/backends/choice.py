@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_moe.backends.vulkan.backend import VulkanBackend
-from edge_moe.backends.vulkan.device import DeviceStats, find_adapter
+from edge_moe.backends.mlx.backend import import_mlx
+from edge_moe.backends.vulkan.device import find_adapter
 from edge_moe.config import BACKENDS
 from edge_moe.errors import DeviceError, OptionError
 
@@ -31,7 +31,17 @@ def _vulkan() -> Availability:
     return Availability("vulkan", adapter.name)
 
 
-_DEVICES: tuple[Callable[[], Availability], ...] = (_vulkan,)  # the better ones first
+def _mlx() -> Availability:
+    try:
+        mx = import_mlx()
+    except DeviceError as error:
+        return Availability("mlx", str(error), is_there=False)
+    if mx.default_device() == mx.Device(mx.cpu):
+        return Availability("mlx", "mlx has no GPU here and computes on the CPU", is_slower=True)
+    return Availability("mlx", str(mx.default_device()))
+
+
+_DEVICES: tuple[Callable[[], Availability], ...] = (_mlx, _vulkan)  # the better ones first
 
 
 def backends() -> list[Availability]:
@@ -50,11 +60,3 @@ def choose_backend(word: str) -> tuple[str, str]:
         if each.is_there and not each.is_slower:
             return each.name, each.detail
     return "cpu", "; ".join(f"{each.name}: {each.detail}" for each in found)
-
-
-def open_backend(name: str, vram_bytes: int | None) -> VulkanBackend:
-    """The backend of a device. Raises DeviceError where there is none."""
-    return VulkanBackend(find_adapter(), vram_bytes)
-
-
-__all__ = ["Availability", "DeviceStats", "backends", "choose_backend", "open_backend"]

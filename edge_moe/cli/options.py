@@ -120,7 +120,8 @@ def add_backend_option(parser: argparse._ActionsContainer) -> None:
         "--backend",
         choices=BACKENDS,
         default="cpu",
-        help="where the model runs: vulkan is a GPU, by Vulkan, Metal or DirectX; auto takes one if there is one; "
+        help="where the model runs: mlx is an Apple GPU, vulkan a GPU by Vulkan, Metal or DirectX; auto takes one if "
+        "there is one; "
         "`edge-moe info` says what is there (default cpu)",
     )
     parser.add_argument(
