@@ -15,6 +15,8 @@ from edge_moe.backends.choice import choose_backend
 from edge_moe.backends.cpu import CpuBackend
 from edge_moe.backends.mlx.backend import MlxBackend, import_mlx
 from edge_moe.backends.mlx.forms import form_bytes
+from edge_moe.backends.protocol import Backend
+from edge_moe.backends.split import SplitBackend
 from edge_moe.backends.vulkan.backend import VulkanBackend
 from edge_moe.backends.vulkan.device import DeviceStats, find_adapter
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
@@ -33,6 +35,22 @@ from edge_moe.token_cache import check_kind
 from edge_moe.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is to run; `load` says what each means."""
+
+    backend: str
+    vram_bytes: int | None
+    gpu_layers: int | None
+    on_backend: Callable[[str], None]
+
+    def check_cpu(self) -> None:
+        """Raises OptionError for what the CPU has no use for."""
+        for option, value in (("--vram", self.vram_bytes), ("--gpu-layers", self.gpu_layers)):
+            if value is not None:
+                raise OptionError(f"{option}: the cpu backend has no device; add --backend, or leave {option} out")
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Model:
         on_plan: Callable[[MemoryPlan], None] | None = None,
         backend: str = "cpu",
         vram_bytes: int | None = None,
+        gpu_layers: int | None = None,
         on_backend: Callable[[str], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
@@ -77,60 +96,72 @@ class Model:
         self._pass: LanguageModel
         self.memory_plan: MemoryPlan | None = None  # None: all of the file fits
         self.expert_store: ExpertStore | None = None
+        if gpu_layers is not None and gpu_layers < 1:
+            raise OptionError(f"--gpu-layers {gpu_layers}: expected at least 1; --backend cpu runs all on the CPU")
         self.backend = "cpu"
         self.device_name: str | None = None  # of a backend with a device
         self.device_stats: DeviceStats | None = None  # what was sent there
         if isinstance(checkpoint, OnnxFolder):
-            if backend not in ("auto", "cpu") or vram_bytes is not None:
+            if backend not in ("auto", "cpu") or vram_bytes is not None or gpu_layers is not None:
                 raise OptionError(f"--backend {backend}: {checkpoint.path} is an ONNX model, which onnxruntime runs")
             if ram_bytes is not None:
                 raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)
         else:
             bound = _Bound(ram_bytes, route_slack, routes, on_plan)
-            on_device = self._device_pass(checkpoint, backend, vram_bytes, bound, on_backend or (lambda line: None))
+            place = _Place(backend, vram_bytes, gpu_layers, on_backend or (lambda line: None))
+            on_device = self._device_pass(checkpoint, place, bound)
             self._pass = on_device or self._cpu_pass(checkpoint, bound)
 
-    def _device_pass(
-        self,
-        checkpoint: Checkpoint,
-        word: str,
-        vram_bytes: int | None,
-        bound: "_Bound",
-        on_backend: Callable[[str], None],
-    ) -> LanguageModel | None:
+    def _device_pass(self, checkpoint: Checkpoint, place: "_Place", bound: "_Bound") -> LanguageModel | None:
         """The pass on the device of the backend asked for; None for the CPU. Raises OptionError, DeviceError."""
-        name, reason = choose_backend(word)
-        device: VulkanBackend | MlxBackend
+        name, reason = choose_backend(place.backend)
+        is_auto = place.backend == "auto"
         try:
-            if vram_bytes is not None and name != "vulkan" and word != "auto":
-                raise OptionError(f"--vram: the {name} backend has no memory of its own; --ram bounds all of it")
             if name == "cpu":
+                if not is_auto:
+                    place.check_cpu()
                 return None
-            if name == "vulkan":
-                if bound.ram_bytes is not None:
-                    raise OptionError("--ram is not for the vulkan backend; --vram says how much of the device to take")
-                device = VulkanBackend(find_adapter(), vram_bytes)
-            else:
-                import_mlx()  # before memory is planned: it takes some
-                device = MlxBackend(self.threads, self._bounded_store(checkpoint, bound, form_bytes))
-            model = load_pass(checkpoint, device)
+            device = self._open_device(name, checkpoint, place, bound)
+            backend: Backend = device
+            n_layers = self.config.num_hidden_layers
+            if place.gpu_layers is not None and place.gpu_layers < n_layers:
+                at = n_layers - place.gpu_layers
+                backend = SplitBackend(CpuBackend(self.threads), device, at, self.config)
+            model = load_pass(checkpoint, backend)
             model.prepare(self.context_length, self.kv)
         except (DeviceError, OptionError) as error:
-            if word != "auto":
+            if not is_auto:
                 raise
             name, reason = "cpu", str(error)
             return None
         finally:
-            if word == "auto":
-                on_backend(f"backend {name}: {reason}")
+            if is_auto:
+                place.on_backend(f"backend {name}: {reason}")
         self.backend, self.device_name = name, device.name
         if isinstance(device, VulkanBackend):
             self.device_stats = device.stats
         elif device.weights.inexact:
             formats = ", ".join(sorted(device.weights.inexact))
-            on_backend(f"backend mlx: {formats} has no equal there and is kept in 8-bit groups of 32, not without loss")
+            place.on_backend(
+                f"backend mlx: {formats} has no equal there and is kept in 8-bit groups of 32, not without loss"
+            )
         return model
+
+    def _open_device(
+        self, name: str, checkpoint: Checkpoint, place: "_Place", bound: "_Bound"
+    ) -> "VulkanBackend | MlxBackend":
+        """The backend of a device. Raises OptionError, DeviceError."""
+        if bound.ram_bytes is not None and (name == "vulkan" or place.gpu_layers is not None):
+            other = "--vram says how much of the device to take" if name == "vulkan" else "leave one of them out"
+            raise OptionError(f"--ram is neither for the vulkan backend nor for --gpu-layers; {other}")
+        if name == "vulkan":
+            return VulkanBackend(find_adapter(), place.vram_bytes)
+        if place.vram_bytes is not None:
+            raise OptionError("--vram: the mlx backend has no memory of its own; --ram bounds all of it")
+        import_mlx()  # before memory is planned: it takes some
+        is_split = place.gpu_layers is not None
+        return MlxBackend(self.threads, None if is_split else self._bounded_store(checkpoint, bound, form_bytes))
 
     def _cpu_pass(self, checkpoint: Checkpoint, bound: "_Bound") -> LanguageModel:
         """The pass by our own kernels. Raises OptionError, ReadError."""
@@ -272,6 +303,7 @@ def load(
     on_plan: Callable[[MemoryPlan], None] | None = None,
     backend: str = "cpu",
     vram_bytes: int | None = None,
+    gpu_layers: int | None = None,
     on_backend: Callable[[str], None] | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
@@ -289,7 +321,8 @@ def load(
 
     `backend` is "cpu", "mlx" (Apple's GPUs), "vulkan" (a GPU, through wgpu; at most `vram_bytes` of its memory, the
     experts used last among them) or "auto", which takes a device where there is one. `on_backend` is told in a line
-    what auto took and why, and what a backend could not take over without loss.
+    what auto took and why, and what a backend could not take over without loss. With `gpu_layers` only so many of the
+    last layers and the head are run there, the others by the CPU.
 
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
@@ -313,5 +346,6 @@ def load(
         on_plan=on_plan,
         backend=backend,
         vram_bytes=vram_bytes,
+        gpu_layers=gpu_layers,
         on_backend=on_backend,
     )

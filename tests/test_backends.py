@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from device_answers import MOST_KLD, TEXT, assert_same_text, forward, mean_kld
 
 import edge_moe
 from edge_moe.backends import choice
@@ -17,13 +19,18 @@ from edge_moe.backends.mlx.backend import MlxBackend
 from edge_moe.backends.mlx.operations import MlxOperations
 from edge_moe.backends.protocol import Backend, Operations
 from edge_moe.backends.recorder import Recorder
+from edge_moe.backends.split import SplitBackend
 from edge_moe.backends.vulkan import device
 from edge_moe.backends.vulkan.backend import VulkanBackend
 from edge_moe.backends.vulkan.recorder import DeviceRecorder
+from edge_moe.checkpoint import open_checkpoint
 from edge_moe.cli import main
 from edge_moe.config import BACKENDS
 from edge_moe.errors import DeviceError, OptionError
+from edge_moe.models.architectures import load_pass
 
+TESTS = Path(__file__).parent
+GOLDENS = sorted([*(TESTS / "golden").glob("*.gguf"), *(TESTS / "golden_llama").glob("*.gguf")])
 GOLDEN = str(Path(__file__).parent / "golden" / "v2_lite.gguf")
 MODELS = Path(edge_moe.__file__).parent / "models"
 
@@ -43,7 +50,7 @@ def test_operations_are_those_of_the_protocol(operations):
             assert list(inspect.signature(getattr(operations, name)).parameters) == list(expected), name
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, VulkanBackend, MlxBackend])
+@pytest.mark.parametrize("backend", [CpuBackend, VulkanBackend, MlxBackend, SplitBackend])
 def test_backends_are_those_of_the_protocol(backend):
     for name in members(Backend):
         expected = inspect.signature(getattr(Backend, name)).parameters
@@ -147,9 +154,11 @@ def test_auto_falls_back_with_a_line(monkeypatch, failure, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vram_bytes": 1 << 30}, "--vram: the cpu backend has no memory of its own"),
+        ({"vram_bytes": 1 << 30}, "--vram: the cpu backend has no device"),
         ({"backend": "mlx", "vram_bytes": 1 << 30}, "--vram: the mlx backend has no memory of its own"),
-        ({"backend": "vulkan", "ram_bytes": 1 << 30}, "--ram is not for the vulkan backend"),
+        ({"backend": "vulkan", "ram_bytes": 1 << 30}, "--ram is neither for the vulkan backend nor for --gpu-layers"),
+        ({"gpu_layers": 2}, "--gpu-layers: the cpu backend has no device"),
+        ({"backend": "mlx", "gpu_layers": 0}, "--gpu-layers 0: expected at least 1"),
         ({"backend": "opencl"}, "--backend opencl: expected one of"),
     ],
 )
@@ -171,6 +180,7 @@ def test_commands_have_the_option(command, capsys):
     out = capsys.readouterr().out
     assert f"--backend {{{','.join(BACKENDS)}}}" in out
     assert "--vram SIZE" in out
+    assert "--gpu-layers N" in out
 
 
 @pytest.mark.parametrize("argv", [["bench", GOLDEN, "-p", "8", "-n", "2", "-r", "1"], ["eval", GOLDEN, "--text"]])
@@ -185,3 +195,68 @@ def test_commands_run_on_a_device(argv, tmp_path, capsys):
     assert main([*argv, "--backend", "vulkan"]) == 0
     out = capsys.readouterr().out
     assert ("perplexity" if argv[0] == "eval" else name) in out
+
+
+# ---- layers here and there
+
+
+@pytest.mark.parametrize("name", ["mlx", "vulkan"])
+@pytest.mark.parametrize("n_layers", [1, 2, 5, 6])
+def test_some_layers_on_a_device(name, n_layers, monkeypatch):
+    """The reference model, its first layers by the CPU; 6 are all of it."""
+    try:
+        model = edge_moe.load(backend=name, gpu_layers=n_layers, context_length=64)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    cpu = edge_moe.load(context_length=64)
+    backend = model._pass.backend
+    assert isinstance(backend, SplitBackend) == (n_layers < 6)
+    if name == "vulkan":  # weights of those layers only
+        largest = 26_133_120  # all of them
+        share = model.device_stats.uploaded_bytes / largest
+        assert 0.08 + n_layers / 7 < share + 0.12 < 0.28 + n_layers / 6
+    ids = cpu.tokenizer.encode(TEXT)[:40]
+    assert mean_kld(cpu.logits(ids), model.logits(ids)) < MOST_KLD
+    assert_same_text(cpu, model, ids[:9], 32)
+    cache = model.new_cache()
+    first = model.forward(np.array(ids), cache)
+    cache.truncate(10)
+    again = model.forward(np.array(ids[10:]), cache)
+    np.testing.assert_allclose(again, first, atol=2e-2 * np.ptp(first))
+
+
+class Direct(CpuBackend):
+    """Runs operations as the pass names them, also for single tokens, whose hidden states no program takes."""
+
+    def run(self, compute, source, cache, all_logits):
+        return compute(self, source, cache, all_logits)
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_a_split_equals_the_whole(path):
+    """By the CPU on both sides: only the numbers between are handed over."""
+    checkpoint = open_checkpoint(path)
+    with np.load(path.with_suffix(".npz")) as saved:
+        ids = saved["ids"]
+    whole = load_pass(checkpoint, CpuBackend(1))
+    for at in range(1, checkpoint.config.num_hidden_layers):
+        parts = load_pass(checkpoint, SplitBackend(CpuBackend(1), Direct(1), at, checkpoint.config))
+        parts.prepare(32)
+        for kv in ("bf16", "int8"):
+            for sizes in ([32], [5, 1, 9, 1, 16]):
+                expected, found = (forward(each, ids, sizes, kv) for each in (whole, parts))
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_a_split_with_a_small_budget_on_the_device():
+    try:
+        with pytest.raises(OptionError, match="expected at least") as error:
+            edge_moe.load(backend="vulkan", gpu_layers=3, vram_bytes=4096, context_length=32)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    least = int(str(error.value).split("at least ")[1].split(":")[0])
+    model = edge_moe.load(backend="vulkan", gpu_layers=3, vram_bytes=least, context_length=32)
+    cpu = edge_moe.load(context_length=32)
+    ids = list(range(5, 25))
+    assert model.device_stats.peak_bytes <= least
+    assert np.abs(model.logits(ids) - cpu.logits(ids)).max() < 0.05 * np.ptp(cpu.logits(ids))

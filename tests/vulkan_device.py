@@ -56,10 +56,10 @@ class Bench:
         if cache is None:
             cache = DeviceCache(config(), 64, "f32", 2)
         tables = sum(each[0].shape[0] for each in stacks)
-        dry = record(compute, n_tokens, True, cache, self.weights, tables, None)
+        dry = record(compute, (n_tokens,), True, cache, self.weights, tables, None)
         arena, state = self.device.create(4 * dry.arena_numbers), self.device.create(4 * dry.state_numbers)
         slots = ExpertSlots(self.device, state, stacks, n_slots) if stacks else None
-        recording = record(compute, n_tokens, True, cache, self.weights, tables, slots)
+        recording = record(compute, (n_tokens,), True, cache, self.weights, tables, slots)
         self.weights.upload()
         length = self.device.create_uniform(16)
         program = DeviceProgram(self.device, recording, cache, arena, state, length, slots)

@@ -49,10 +49,10 @@ class CpuBackend:
         """An empty cache of keys and values. Raises OptionError."""
         return KvCache(config, context_length, kind)
 
-    def prepare(self, compute: Compute, cache: TokenCache) -> None:
-        """Nothing: weights are used where they lie."""
+    def prepare(self, compute: Compute, cache: TokenCache, width: int = 0) -> None:
+        """Nothing: weights are used where they lie. Single tokens are ids here, never hidden states."""
 
-    def run(self, compute: Compute, token_ids: np.ndarray, cache: TokenCache, all_logits: bool) -> np.ndarray:
+    def run(self, compute: Compute, source: np.ndarray, cache: TokenCache, all_logits: bool) -> np.ndarray:
         """Run a model pass `compute(operations, token_ids, cache, all_logits)`.
 
         Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
@@ -60,10 +60,10 @@ class CpuBackend:
         elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
         try:
             if self.store is None:
-                return self._run(compute, token_ids, cache, all_logits)
+                return self._run(compute, source, cache, all_logits)
             started = perf_counter()
-            self.store.begin(len(token_ids))
-            logits = self._run(compute, token_ids, cache, all_logits)
+            self.store.begin(len(source))
+            logits = self._run(compute, source, cache, all_logits)
             self.store.finish(perf_counter() - started)
             return logits
         except SystemError as error:  # a Ctrl-C that came as a kernel returned, or returned to a kernel

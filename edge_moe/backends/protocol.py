@@ -5,7 +5,6 @@ own (numpy arrays, places in a device's memory): between operations a pass only 
 and `[...]`. Weights and gains come as they lie in the file.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +16,19 @@ from edge_moe.weights import Weight
 Array = Any
 """Numbers of a backend, f32 or ids, with `shape`, `len`, `reshape(*shape)`; cut by slices, None and whole numbers."""
 
-Compute = Callable[["Operations", Array, Any, bool], Array]
-"""A model pass: operations, token ids, a cache of the backend, whether all logits are wanted -> logits [T,vocab]."""
+
+class Compute(Protocol):
+    """A model pass, or some of its layers."""
+
+    def __call__(
+        self, ops: "Operations", source: Array, cache: Any, all_logits: bool, layers: range | None = None
+    ) -> Array:
+        """source: token ids [T]; where `layers` begins later, the hidden state [T,D] before them.
+
+        Returns logits [T,vocab], or [1,vocab] unless `all_logits`; where `layers` ends earlier, the hidden state [T,D]
+        behind them. The cache counts from the first of `layers` on.
+        """
+        ...
 
 
 class Operations(Protocol):
@@ -150,10 +160,13 @@ class Backend(Protocol):
         """An empty cache of keys and values. Raises OptionError."""
         ...
 
-    def prepare(self, compute: Compute, cache: Any) -> None:
-        """Once, before the first run: weights go where they are used, beside a cache like this one."""
+    def prepare(self, compute: Compute, cache: Any, width: int = 0) -> None:
+        """Once, before the first run: weights go where they are used, beside a cache like this one.
+
+        width: of the hidden states that are given instead of token ids; 0: ids are given.
+        """
         ...
 
-    def run(self, compute: Compute, token_ids: np.ndarray, cache: Any, all_logits: bool) -> np.ndarray:
-        """Run a pass; the caller advances the cache. token_ids i64[T] -> a new f32[T,vocab] or f32[1,vocab]."""
+    def run(self, compute: Compute, source: np.ndarray, cache: Any, all_logits: bool) -> np.ndarray:
+        """Run a pass; the caller advances the cache. source i64[T] or f32[T,D] -> what `compute` gives, a new array."""
         ...

@@ -115,7 +115,7 @@ def add_kv_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_backend_option(parser: argparse._ActionsContainer) -> None:
-    """--backend, where the model runs, and --vram, the memory it may take there."""
+    """--backend, where the model runs, --vram, the memory it may take there, and --gpu-layers, how much of it."""
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -130,6 +130,14 @@ def add_backend_option(parser: argparse._ActionsContainer) -> None:
         type=byte_size,
         help="of --backend vulkan: memory of the device, as 4G or 800M: what does not fit of the experts is sent there "
         "when it is used (default: all of the model is kept there)",
+    )
+    parser.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        metavar="N",
+        type=whole_number(1, 1 << 16),
+        help="of --backend mlx and vulkan: run the last N layers and the output head there, the others by the cpu "
+        "backend (default: all layers)",
     )
 
 
@@ -173,6 +181,7 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "routes": routes,
         "backend": args.backend,
         "vram_bytes": args.vram,
+        "gpu_layers": args.gpu_layers,
     }
 
 

@@ -171,18 +171,27 @@ class DeepseekV2:
         cache.advance(len(token_ids))
         return logits
 
-    def _compute(self, ops: Operations, token_ids: Array, cache: TokenCache, all_logits: bool) -> Array:
-        """The pass itself. All arithmetic is done by `ops`: between them arrays are only cut and reshaped."""
-        c = self.config
+    def _compute(
+        self, ops: Operations, source: Array, cache: TokenCache, all_logits: bool, layers: range | None = None
+    ) -> Array:
+        """The pass itself, or some of its layers, as `Compute` says.
+
+        All arithmetic is done by `ops`: between them arrays are only cut and reshaped.
+        """
+        c, everything = self.config, range(len(self.weights.layers))
+        layers = layers or everything
         factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
-        cos, sin = ops.rotations(cache, len(token_ids), self._inv_freq, factor)
-        h = ops.embed(self.weights.embed_tokens, token_ids)
-        for index, layer in enumerate(self.weights.layers):
+        cos, sin = ops.rotations(cache, len(source), self._inv_freq, factor)
+        h = source if layers.start else ops.embed(self.weights.embed_tokens, source)
+        for index in layers:
+            layer = self.weights.layers[index]
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index))
+            h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index - layers.start))
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
-            following = self.weights.layers[index + 1 : index + 2]
+            following = self.weights.layers[index + 1 : min(index + 2, layers.stop)]
             h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
+        if layers.stop < everything.stop:
+            return h
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]

@@ -57,31 +57,33 @@ class MlxBackend:
         row = 2 * config.num_key_value_heads * config.head_dim
         return MlxCache(self._mx, config, context_length, kind, row, config.sliding_window or 0)
 
-    def prepare(self, compute: Compute, cache: MlxCache) -> None:
+    def prepare(self, compute: Compute, cache: MlxCache, width: int = 0) -> None:
         """Make all weights' forms: a pass that is built names them, and need not be computed. Raises DeviceError."""
         with _errors():
             self.operations.position, self.operations.n_tokens = 0, 1
             self.operations.is_only_named = True
             try:
-                compute(self.operations, self._mx.array([0]), cache, False)
+                source = self._mx.zeros((1, width)) if width else self._mx.array([0])
+                compute(self.operations, source, cache, False)
             finally:
                 self.operations.is_only_named = False
 
-    def run(self, compute: Compute, token_ids: np.ndarray, cache: MlxCache, all_logits: bool) -> np.ndarray:
-        """Run a pass chunk by chunk. token_ids i64[T] -> f32[T,vocab] or f32[1,vocab].
+    def run(self, compute: Compute, source: np.ndarray, cache: MlxCache, all_logits: bool) -> np.ndarray:
+        """Run a pass chunk by chunk. source i64[T] or f32[T,D] -> f32[T,vocab] or f32[1,vocab].
 
         Raises DeviceError, and ReadError of a store.
         """
         elementwise.set_threads(self.threads)  # of our kernels, which run a store's experts
         parts: list[np.ndarray] = []
-        for first in range(0, len(token_ids), CHUNK_TOKENS):
-            chunk = token_ids[first : first + CHUNK_TOKENS]
+        for first in range(0, len(source), CHUNK_TOKENS):
+            chunk = source[first : first + CHUNK_TOKENS]
             self.operations.position, self.operations.n_tokens = cache.length + first, len(chunk)
             started = perf_counter()
             if self._store is not None:
                 self._store.begin(len(chunk))
             with _errors():
-                logits = compute(self.operations, self._mx.array(chunk.astype(np.int32)), cache, all_logits)
+                kind = np.int32 if chunk.ndim == 1 else np.float32
+                logits = compute(self.operations, self._mx.array(chunk.astype(kind)), cache, all_logits)
                 self.operations.evaluate(logits, *cache.rows)
             if self._store is not None:
                 self._store.finish(perf_counter() - started)

@@ -34,6 +34,7 @@ class VulkanBackend:
         self.chunk_tokens = CHUNK_TOKENS
         self._weights = DeviceWeights(self.device)
         self._tables_size = 0
+        self._width = 0  # of the hidden states that are given; 0: token ids are
         self._arena: Any = None
         self._state: Any = None
         self._length: Any = None
@@ -61,11 +62,12 @@ class VulkanBackend:
         row = 2 * config.num_key_value_heads * config.head_dim
         return DeviceCache(config, context_length, kind, row, config.sliding_window or 0)
 
-    def prepare(self, compute: Compute, cache: DeviceCache) -> None:
+    def prepare(self, compute: Compute, cache: DeviceCache, width: int = 0) -> None:
         """Send the weights to the device, and as many experts as fit beside a cache like this one.
 
         Raises OptionError when not even those of one token fit, DeviceError.
         """
+        self._width = width
         one = self._recorded(compute, 1, True, cache)
         stacks, top_k = one.stacks, one.top_k
         n_experts = stacks[0][0].shape[0] if stacks else 0
@@ -98,13 +100,13 @@ class VulkanBackend:
         if stacks:
             self.slots = ExpertSlots(self.device, self._state, stacks, n_slots)
 
-    def run(self, compute: Compute, token_ids: np.ndarray, cache: DeviceCache, all_logits: bool) -> np.ndarray:
-        """Run a pass chunk by chunk. token_ids i64[T] -> f32[T,vocab] or f32[1,vocab]. Raises DeviceError."""
+    def run(self, compute: Compute, source: np.ndarray, cache: DeviceCache, all_logits: bool) -> np.ndarray:
+        """Run a pass chunk by chunk. source i64[T] or f32[T,D] -> f32[T,vocab] or f32[1,vocab]. Raises DeviceError."""
         if self._arena is None:
-            self.prepare(compute, cache)
+            self.prepare(compute, cache, 0 if source.ndim == 1 else source.shape[1])
         parts: list[np.ndarray] = []
-        for first in range(0, len(token_ids), self.chunk_tokens):
-            chunk = token_ids[first : first + self.chunk_tokens]
+        for first in range(0, len(source), self.chunk_tokens):
+            chunk = source[first : first + self.chunk_tokens]
             program = self._program(compute, len(chunk), all_logits and len(chunk) > 1, cache)
             logits = program.run(chunk, cache.length + first)
             parts = [*parts, logits] if all_logits else [logits]
@@ -113,7 +115,8 @@ class VulkanBackend:
     # ---- parts of the above
 
     def _recorded(self, compute: Compute, n_tokens: int, all_logits: bool, cache: DeviceCache) -> Recording:
-        return record(compute, n_tokens, all_logits, cache, self._weights, self._tables_size, self.slots)
+        shape = (n_tokens, self._width) if self._width else (n_tokens,)
+        return record(compute, shape, all_logits, cache, self._weights, self._tables_size, self.slots)
 
     def _program(self, compute: Compute, n_tokens: int, all_logits: bool, cache: DeviceCache) -> DeviceProgram:
         programs = self._programs.setdefault(cache, OrderedDict())

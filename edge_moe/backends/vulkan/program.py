@@ -14,7 +14,7 @@ Bound = tuple[Any, Any, int, tuple[int, int, int]]  # pipeline, bind group, offs
 
 
 class DeviceProgram:
-    """`run(token_ids, position)` gives the logits of tokens behind those in the cache."""
+    """`run(source, position)` gives the logits of tokens behind those in the cache."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class DeviceProgram:
         slots: ExpertSlots | None,
     ) -> None:
         """arena, state and length are buffers that programs share. Raises DeviceError."""
-        assert recording.token_ids is not None and recording.logits is not None
+        assert recording.source is not None and recording.logits is not None
         self._device, self._slots = device, slots
         self._arena, self._state, self._length = arena, state, length
-        self._token_ids: DeviceArray = recording.token_ids
+        self._source: DeviceArray = recording.source
         self._logits: DeviceArray = recording.logits
         self._inputs = recording.inputs
         steps = [step for step in recording.steps if isinstance(step, Step)]
@@ -57,10 +57,13 @@ class DeviceProgram:
             offset += PARAMS_BYTES
         self._parts.append((bound, None))
 
-    def run(self, token_ids: np.ndarray, position: int) -> np.ndarray:
-        """The tokens from `position` on, the cache holding all before them -> f32[T,vocab] or f32[1,vocab]."""
+    def run(self, source: np.ndarray, position: int) -> np.ndarray:
+        """Ids or hidden states from `position` on, the cache holding all before -> f32[T,vocab] or f32[1,vocab]."""
         device = self._device
-        device.write(self._state, 4 * self._token_ids.at, token_ids.astype(np.uint32))
+        if source.ndim == 1:
+            device.write(self._state, 4 * self._source.at, source.astype(np.uint32))
+        else:
+            device.write(self._arena, 4 * self._source.at, source.astype(np.float32))
         device.write(self._length, 0, np.array([position, 0, 0, 0], np.uint32))
         for place, values in self._inputs:
             device.write(self._arena, 4 * place.at, values(position))

@@ -6,10 +6,10 @@ cache, where experts are) is read from memory when the shaders run.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from edge_moe.backends.protocol import Compute
 from edge_moe.backends.vulkan.arrays import Allocator, DeviceArray
 from edge_moe.backends.vulkan.cache import DeviceCache
 from edge_moe.backends.vulkan.device import buffer_bytes
@@ -53,7 +53,7 @@ class Recording:
     inputs: list[tuple[DeviceArray, Callable[[int], np.ndarray]]] = field(default_factory=list)  # by the position
     stacks: list[Stacks] = field(default_factory=list)  # of experts, by layer
     top_k: int = 0
-    token_ids: DeviceArray | None = None
+    source: DeviceArray | None = None  # token ids in the state, or hidden states in the arena
     logits: DeviceArray | None = None
     arena_numbers: int = 0
     state_numbers: int = 0
@@ -65,22 +65,22 @@ class Recording:
 
 
 def record(
-    compute: Callable[..., Any],
-    n_tokens: int,
+    compute: Compute,
+    shape: tuple[int, ...],
     all_logits: bool,
     cache: DeviceCache,
     weights: DeviceWeights,
     tables_size: int,
     slots: ExpertSlots | None,
 ) -> Recording:
-    """Record a pass over so many tokens. Without slots it says what it needs, but cannot be run.
+    """Record a pass over ids [T] or hidden states [T,D]. Without slots it says what it needs, but cannot be run.
 
     tables_size: numbers of the state that are not the pass's own. Raises DeviceError.
     """
     recorder = DeviceRecorder(cache, weights, tables_size, slots)
     recording = recorder.recording
-    recording.token_ids = recorder.state.take(n_tokens)
-    recording.logits = compute(recorder, recording.token_ids, cache, all_logits)
+    recording.source = (recorder.state if len(shape) == 1 else recorder.arena).take(*shape)
+    recording.logits = compute(recorder, recording.source, cache, all_logits)
     recording.arena_numbers, recording.state_numbers = recorder.arena.end, recorder.state.end
     return recording
 
