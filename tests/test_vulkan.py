@@ -13,6 +13,7 @@ from vulkan_device import adapter_or_skip
 import edge_moe
 from edge_moe.api import embedded_model_path
 from edge_moe.backends.vulkan.backend import VulkanBackend
+from edge_moe.backends.vulkan.device import Device
 from edge_moe.checkpoint import open_checkpoint
 from edge_moe.cli import main
 from edge_moe.errors import DeviceError, OptionError
@@ -190,6 +191,37 @@ def test_a_longer_cache_needs_more_scratch(adapter, tmp_path):
     cpu = edge_moe.load(path)
     expected = cpu.logits([5, 6, 7])
     assert mean_kld(expected, np.array(logits)) < MOST_KLD
+
+
+def test_a_lost_device_is_an_error_in_one_line(adapter):
+    model = edge_moe.load(TESTS / "golden" / "v2_lite.gguf", backend="vulkan")
+    model.logits([5, 6, 7])
+    model._pass.backend.device._device.destroy()
+    with pytest.raises(DeviceError, match=r"lost.*; --backend cpu needs no device$"):
+        model.logits([5, 6, 7])
+
+
+@pytest.mark.parametrize("kind", ["GPUOutOfMemoryError", "GPUValidationError"])  # the library has said it either way
+def test_no_memory_left_on_the_device(adapter, kind, monkeypatch):
+    import wgpu
+
+    device, n_buffers = Device(adapter), []
+
+    def create_buffer(**_):
+        n_buffers.append(1)
+        raise getattr(wgpu, kind)("Not enough memory left.")
+
+    monkeypatch.setattr(device._device, "create_buffer", create_buffer)
+    before = device.stats.allocated_bytes
+    with pytest.raises(DeviceError, match="Not enough memory left; --vram SIZE keeps fewer experts there"):
+        device.create(1 << 20)
+    assert (len(n_buffers), device.stats.allocated_bytes) == (1, before)
+    monkeypatch.setattr("edge_moe.backends.vulkan.backend.Device", lambda *_: device)
+    lines = []
+    monkeypatch.setattr("edge_moe.api.choose_backend", lambda word: ("vulkan", adapter.name))
+    path = TESTS / "golden" / "v2_lite.gguf"
+    assert edge_moe.load(path, backend="auto", on_backend=lines.append).logits([5, 6]).shape[0] == 2
+    assert lines[0].startswith("backend cpu: ") and "Not enough memory left" in lines[0]
 
 
 def test_an_interrupt_leaves_the_books_right(adapter, monkeypatch):

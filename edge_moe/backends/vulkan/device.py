@@ -103,12 +103,10 @@ class Device:
         """The library's errors as ours."""
         try:
             yield
-        except self._wgpu.GPUOutOfMemoryError as error:
-            raise DeviceError(
-                f"{self.name}: out of memory ({_first_line(error)}); --vram SIZE keeps fewer experts there"
-            ) from None
         except (self._wgpu.GPUError, RuntimeError) as error:
-            raise DeviceError(f"{self.name}: {_first_line(error)}; --backend cpu needs no device") from None
+            is_memory = isinstance(error, self._wgpu.GPUOutOfMemoryError) or "memory" in str(error).lower()
+            advice = "--vram SIZE keeps fewer experts there" if is_memory else "--backend cpu needs no device"
+            raise DeviceError(f"{self.name}: {_first_line(error)}; {advice}") from None
 
     # ---- memory
 
@@ -233,4 +231,4 @@ def shader_source(names: Sequence[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])[:300] if lines else type(error).__name__
+    return " ".join(lines[:4])[:300].rstrip(".") if lines else type(error).__name__
