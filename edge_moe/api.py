@@ -103,7 +103,8 @@ class Model:
         self.device_stats: DeviceStats | None = None  # what was sent there
         if isinstance(checkpoint, OnnxFolder):
             if backend not in ("auto", "cpu") or vram_bytes is not None or gpu_layers is not None:
-                raise OptionError(f"--backend {backend}: {checkpoint.path} is an ONNX model, which onnxruntime runs")
+                words = f"--backend {backend}" if backend not in ("auto", "cpu") else "--vram or --gpu-layers"
+                raise OptionError(f"{words}: {checkpoint.path} is an ONNX model, which onnxruntime runs on the CPU")
             if ram_bytes is not None:
                 raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)

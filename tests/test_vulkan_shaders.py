@@ -1,5 +1,6 @@
 """Each shader against its numpy twin; all of them pass validation."""
 
+import re
 from importlib import resources
 from itertools import product
 
@@ -10,6 +11,7 @@ from vulkan_device import Bench, adapter_or_skip, config, weight_of
 
 from edge_moe.backends.vulkan.arrays import Allocator
 from edge_moe.backends.vulkan.cache import DeviceCache
+from edge_moe.backends.vulkan.device import shader_source
 from edge_moe.errors import DeviceError, ShapeError
 from edge_moe.formats import F16, F32, FORMATS, Q4_0, Q8_0
 
@@ -48,6 +50,21 @@ def test_every_shader_is_valid(bench):
         bench.device.pipeline(*names)
     files = {path.name.removesuffix(".wgsl") for path in (resources.files("edge_moe.backends") / "shaders").iterdir()}
     assert files == {name for names in PIPELINES for name in names if "=" not in name}
+
+
+def test_workgroups_need_no_more_than_every_device_has():
+    """The defaults of WebGPU: 16 kB of workgroup memory, 256 invocations."""
+    sizes = {"u32": 4, "f32": 4}
+    for names in PIPELINES:
+        source = shader_source(names)
+        constants = dict(re.findall(r"const (\w+) = (\d+)u;", source))
+        total = 0
+        for kind in re.findall(r"var<workgroup> \w+: ([^;]+);", source):
+            element, *count = re.findall(r"\w+", kind.removeprefix("array"))
+            words = [constants.get(word, word).removesuffix("u") for word in count]
+            total += sizes[element] * np.prod([int(word) for word in words], dtype=int)
+        assert total <= 16384, names
+        assert all(int(n) <= 256 for n in re.findall(r"@workgroup_size\((\d+)\)", source))
 
 
 def test_a_wrong_shader_is_refused(bench):

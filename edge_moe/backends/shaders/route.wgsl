@@ -2,6 +2,7 @@
 // Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, equations 12 to 16.
 
 const MOST_EXPERTS = 1024u;
+const MOST_GROUPS = 256u;  // all together stays below 16 kB of workgroup memory, which every device has
 const LOWEST = -3.4028234e38;
 
 struct Params {
@@ -26,7 +27,7 @@ struct Params {
 var<workgroup> probs: array<f32, MOST_EXPERTS>;
 var<workgroup> choice: array<f32, MOST_EXPERTS>;
 var<workgroup> is_taken: array<u32, MOST_EXPERTS>;
-var<workgroup> group_score: array<f32, MOST_EXPERTS>;
+var<workgroup> group_score: array<f32, MOST_GROUPS>;
 var<workgroup> best_value: array<f32, 64>;
 var<workgroup> best_id: array<u32, 64>;
 var<workgroup> total: f32;

@@ -21,7 +21,8 @@ from edge_moe.weights import Weight
 TILE_TOKENS = 8  # inputs that share decoded weights; as many lanes as a row has can write their sums
 _ROWS = 4  # of a product's workgroup
 _SPLIT_TOKENS, _MOST_SPLITS = 256, 16  # of the context: single tokens have few workgroups otherwise
-_MOST_EXPERTS, _MOST_DIMS, _MOST_GROUP = 1024, 1024, 65535  # as the shaders and the interface have them
+_MOST_EXPERTS, _MOST_GROUPS, _MOST_DIMS = 1024, 256, 1024  # as the shaders have them
+_MOST_WORKGROUPS = 65535  # along an axis
 Params = tuple[int | float, ...]
 
 
@@ -213,8 +214,9 @@ class DeviceRecorder:
     ) -> tuple[DeviceArray, DeviceArray]:
         """Choose experts. logits [T,E], bias f32[E] -> ids [T,K], weights [T,K]. Raises DeviceError."""
         n_tokens, n_experts = logits.shape
-        if n_experts > _MOST_EXPERTS or group_score_experts > 2:
-            raise DeviceError(f"the router's shader takes {_MOST_EXPERTS} experts, found {n_experts}")
+        if n_experts > _MOST_EXPERTS or n_group > _MOST_GROUPS or group_score_experts > 2:
+            most = f"{_MOST_EXPERTS} experts in {_MOST_GROUPS} groups"
+            raise DeviceError(f"the router's shader takes {most}, found {n_experts} in {n_group}; use --backend cpu")
         ids, weights = self.state.take(n_tokens, top_k), self.arena.take(n_tokens, top_k)
         params: Params = (n_experts, top_k, logits.at, ids.at, weights.at, int(sigmoid), n_group, topk_group)
         params += (group_score_experts, int(norm), float(scale))
@@ -271,8 +273,10 @@ class DeviceRecorder:
         weights: WeightPart | SlotPart | None = None,
         layer: int | None = None,
     ) -> None:
-        if max(groups) > _MOST_GROUP:
-            raise DeviceError(f"{groups} workgroups of {pipeline[-1]}: a device takes {_MOST_GROUP} along each axis")
+        if max(groups) > _MOST_WORKGROUPS:
+            raise DeviceError(
+                f"{groups} workgroups of {pipeline[-1]}: a device takes {_MOST_WORKGROUPS} along each axis"
+            )
         self.recording.steps.append(Step(pipeline, params, groups, weights, layer))
 
     def _elementwise(self, name: str, a: DeviceArray, b: DeviceArray) -> DeviceArray:
