@@ -10,7 +10,7 @@ import numpy as np
 from edge_moe.config import ModelConfig
 from edge_moe.errors import OptionError, ShapeError
 
-PREFILL_CHUNK = 512  # tokens per pass of a prompt: enough to reuse each expert's weights, little enough scratch
+PREFILL_CHUNK = 1024  # tokens per pass of a prompt: enough to reuse each expert's weights, little enough scratch
 
 
 class Cache(Protocol):

@@ -17,7 +17,7 @@ from edge_moe.expert_store import least_bytes, slot_sizes
 from edge_moe.formats import BlockFormat
 from edge_moe.generate import PREFILL_CHUNK
 from edge_moe.gguf import TensorEntry
-from edge_moe.models.architectures import cache_bytes_by_kind, scratch_bytes
+from edge_moe.models.architectures import cache_bytes, scratch_bytes
 from edge_moe.models.feed_forward import load_mlp
 from edge_moe.slice_reader import READERS
 from edge_moe.weights import Weight
@@ -106,10 +106,10 @@ def plan_memory(
     free_bytes = free_memory_bytes()
     limit = int(free_bytes * (1 - _MARGIN)) if budget_bytes is None else budget_bytes
     config = checkpoint.config
-    cache_bytes = cache_bytes_by_kind(config, context_length)[kv]
+    kv_bytes = cache_bytes(config, context_length, kv)
     scratch = scratch_bytes(config, min(PREFILL_CHUNK, context_length))
     process_bytes = max(PROCESS_BYTES, psutil.Process().memory_info().rss)
-    fixed = process_bytes + cache_bytes + scratch
+    fixed = process_bytes + kv_bytes + scratch
     experts_in_file = sum(weight.n_bytes for layer in layers for weight in layer)
     model_bytes, resident = checkpoint.size_bytes, checkpoint.size_bytes - experts_in_file
     if form_bytes is not None:
@@ -131,7 +131,7 @@ def plan_memory(
             return None  # too little is free for either way: the page cache makes the best of it
         raise OptionError(
             f"--ram {_gib(limit)}: too little for {checkpoint.path}, expected at least {_gib(least)}: "
-            f"{_gib(resident)} weights that every token uses, {_gib(cache_bytes)} cache for {context_length} tokens, "
+            f"{_gib(resident)} weights that every token uses, {_gib(kv_bytes)} cache for {context_length} tokens, "
             f"{_gib(scratch)} scratch, {_gib(process_bytes)} program; a smaller -c or --kv int8 needs less"
         )
     experts_bytes = sum(sum(slot_sizes(layer)) * config.n_routed_experts for layer in layers)
@@ -140,7 +140,7 @@ def plan_memory(
         budget_bytes=limit,
         process_bytes=process_bytes,
         resident_bytes=resident,
-        cache_bytes=cache_bytes,
+        cache_bytes=kv_bytes,
         context_length=context_length,
         scratch_bytes=scratch,
         slots_bytes=min(int(limit * (1 - _SLACK)) - fixed - resident, experts_bytes),

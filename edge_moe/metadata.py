@@ -213,6 +213,8 @@ def _read_rope_scaling(keys: _Keys) -> RopeScaling | None:
         ),
         mscale_all_dim=mscale_all_dim,
         attention_factor=temperature * keys.number("rope.scaling.attn_factor", 1.0),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, 1e-3),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, 1e-3),
     )
 
 

@@ -1,6 +1,8 @@
 """Runs a model that was exported to an ONNX folder, through onnxruntime, with the interface of a model pass."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,39 @@ class OnnxFolder:
         self.size_bytes = sum(file.stat().st_size for file in path.iterdir())
 
 
-class OnnxCache:
-    """Latents of the tokens seen so far, as onnxruntime gave them out: two halves f32 or f16 [1,1,length,·] a layer."""
+@dataclass(frozen=True)
+class Int8Row:
+    """Half a token's latent in 8 bits: `half` codes, then `n_scales` codes of the scales of `block` numbers each."""
 
-    def __init__(self, config: DeepseekV2Config, context_length: int, dtype: type) -> None:
+    half: int
+    block: int
+
+    @property
+    def n_scales(self) -> int:
+        return self.half // self.block
+
+    @property
+    def width(self) -> int:
+        return self.half + self.n_scales
+
+
+def int8_row(config: DeepseekV2Config) -> Int8Row:
+    """The layout for a model. A block holds either latents or rope keys, whose sizes differ."""
+    half = config.latent_dim // 2
+    return Int8Row(half, max(n for n in range(1, 129) if math.gcd(half, config.kv_lora_rank) % n == 0))
+
+
+class OnnxCache:
+    """Latents of the tokens seen so far, as onnxruntime gave them out: two halves [1,1,length,width] a layer."""
+
+    def __init__(self, config: DeepseekV2Config, context_length: int, dtype: type, width: int) -> None:
         if not 1 <= context_length <= config.max_position_embeddings:
             raise OptionError(
                 f"context length {context_length}: the model takes 1 to {config.max_position_embeddings} tokens"
             )
         self.context_length = context_length
         self.length = 0
-        empty: np.ndarray = np.zeros((1, 1, 0, config.latent_dim // 2), dtype)
+        empty: np.ndarray = np.zeros((1, 1, 0, width), dtype)
         self.halves: list[Any] = [_to_ort(empty)] * (2 * config.num_hidden_layers)
 
     @property
@@ -91,7 +115,7 @@ class OnnxPass:
             raise FormatError(f"{path}: onnxruntime cannot load it: {_first_line(error)}; export it again") from None
         self._past = [f"past_key_values.{i}.{part}" for i in self._layers for part in ("key", "value")]
         self._present = [f"present.{i}.{part}" for i in self._layers for part in ("key", "value")]
-        self._dtype = self._check_interface(path)
+        self._dtype, self._width = self._check_interface(path)
 
     @property
     def _layers(self) -> range:
@@ -99,7 +123,7 @@ class OnnxPass:
 
     def new_cache(self, context_length: int, kind: str = "") -> OnnxCache:
         """An empty latent cache, of the kind that the graph has."""
-        return OnnxCache(self.config, context_length, self._dtype)
+        return OnnxCache(self.config, context_length, self._dtype, self._width)
 
     def forward(self, token_ids: np.ndarray, cache: OnnxCache, *, all_logits: bool = False) -> np.ndarray:
         """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last."""
@@ -123,9 +147,8 @@ class OnnxPass:
         cache.length = end
         return np.asarray(logits.numpy()[0])
 
-    def _check_interface(self, path: Path) -> type:
-        """The type of the cache. Raises FormatError unless the graph's inputs and outputs are those that we use."""
-        half = self.config.latent_dim // 2
+    def _check_interface(self, path: Path) -> tuple[type, int]:
+        """The cache's type and the width of its rows. Raises FormatError unless inputs and outputs are those we use."""
         inputs = {each.name: each for each in self._session.get_inputs()}
         inputs |= {each.name: each for each in self._session.get_overridable_initializers()}
         expected = {"input_ids", "attention_mask", "position_ids", "num_logits_to_keep", *self._past}
@@ -133,15 +156,17 @@ class OnnxPass:
         if set(inputs) != expected or outputs != {"logits", *self._present}:
             raise FormatError(f"{path}: its inputs and outputs are not those of an edge-moe export; export it again")
         past = inputs[self._past[0]]
-        if past.shape[-1] != half or past.type not in _CACHE_TYPES:
+        dtype = _CACHE_TYPES.get(past.type)
+        width = int8_row(self.config).width if dtype is np.int8 else self.config.latent_dim // 2
+        if dtype is None or past.shape[-1] != width:
             raise FormatError(
-                f"{path}: its cache is {past.type} of width {past.shape[-1]}, expected {half} by {SETTINGS_FILE}; "
+                f"{path}: its cache is {past.type} of width {past.shape[-1]}, expected {width} by {SETTINGS_FILE}; "
                 "export it again"
             )
-        return _CACHE_TYPES[past.type]
+        return dtype, width
 
 
-_CACHE_TYPES: dict[str, type] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHE_TYPES: dict[str, type] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def _to_ort(array: np.ndarray) -> Any:

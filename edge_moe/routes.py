@@ -31,6 +31,7 @@ def record_routes(checkpoint: Checkpoint, token_ids: Sequence[int], threads: int
     watcher = _RouteWatcher(threads)
     model = load_pass(checkpoint, watcher)
     ids = np.asarray(token_ids, np.int64)
+    window = min(window, checkpoint.config.max_position_embeddings)
     for first in range(0, len(ids), window):
         part = ids[first : first + window]
         cache = model.new_cache(len(part))

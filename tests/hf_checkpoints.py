@@ -201,3 +201,11 @@ def write_hf_checkpoint(folder, golden, *, dtype="F32", n_files=1):
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document), encoding="utf-8")
     return config
+
+
+def e4m3(code):
+    """One byte of FP8 E4M3 as a number, written after its definition."""
+    sign, exponent, mantissa = (-1) ** (code >> 7), code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return float("nan")
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))

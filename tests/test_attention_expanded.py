@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import set_num_threads
-from test_attention import config, random_tokens, slow_attention
+from test_attention import config, hadamard, random_tokens, rounded, slow_attention
 from test_goldens import GOLDEN
 
 import edge_moe
@@ -13,6 +13,7 @@ from edge_moe.backends import cpu
 from edge_moe.config import KV_KINDS
 from edge_moe.errors import ShapeError
 from edge_moe.kernels.attention_expanded import ExpandedAttention
+from edge_moe.kernels.attention_tiles import MAX_QUERY
 from edge_moe.latent_cache import LatentCache
 
 
@@ -115,7 +116,15 @@ def test_what_the_cache_gives_back(kind, rotated):
     np.testing.assert_array_equal(latents[32:], cache.latents(1, 32, n)[0])
     cache.truncate(0)
     found = cache.attend(1, *tokens, 0.1, 1)
-    expected = slow_attention("f32", [*tokens[:2], latents, keys], 0, 0.1)
+    q_latent = tokens[0]
+    if kind in (
+        "int8",
+        "int4",
+    ):  # queries are whole numbers of as many bits as the CPU multiplies, rotated as latents are
+        h, gain = (hadamard(rank), gains[1]) if rotated else (np.eye(rank), 1)
+        whole = rounded(((q_latent * gain) @ h).astype(np.float32), MAX_QUERY, 128 if kind == "int8" else 32)
+        q_latent = (whole @ h) / gain
+    expected = slow_attention("f32", [q_latent, tokens[1], latents, keys], 0, 0.1)
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
     with pytest.raises(ShapeError, match="tokens 8 to 20"):
         cache.latents(1, 8, 20)

@@ -12,6 +12,7 @@ from edge_moe.api import embedded_model_path
 
 TOOLS = Path(__file__).parent.parent / "tools"
 GOLDEN = Path(__file__).parent / "golden"
+LLAMAS = Path(__file__).parent / "golden_llama"
 SETUP = {"model": "m.gguf", "threads": 2}
 
 
@@ -115,10 +116,20 @@ def test_bytes_of_a_token_are_those_of_the_file(bench):
     assert traffic.bytes_at(10) == traffic.weights_bytes + 10 * traffic.cache_bytes_per_position
 
 
+@pytest.mark.parametrize(("kv", "head_bytes"), [("bf16", 2 * 2 * 16), ("int8", 2 * 16 + 8), ("f32", 2 * 4 * 16)])
+def test_bytes_of_keys_and_values(bench, kv, head_bytes):
+    """Mixtral's golden: 2 layers of 2 heads of keys of 8 numbers, each filled up to 16."""
+    traffic = bench.traffic_of(LLAMAS / "mixtral.gguf", kv)
+    assert traffic.cache_bytes_per_position == 2 * 2 * head_bytes
+    assert traffic.has_values
+    with pytest.raises(bench.ToolError, match=r"--kv int4: the cache of mixtral\.gguf is one of bf16, int8, f32"):
+        bench.traffic_of(LLAMAS / "mixtral.gguf", "int4")
+
+
 def test_the_memory_is_really_read(bench):
-    words = np.arange(100_003, dtype=np.uint64)
+    words = np.arange(100_003, dtype=np.uint32)
     for n_parts in (1, 2, 3):
-        assert bench.sum_words(words, n_parts) == 100_002 * 100_003 // 2
+        assert bench.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
     assert 1e8 < bench.read_bytes_per_s(1, 1 << 24) < 1e13
 
 
@@ -143,9 +154,13 @@ def test_llama_bench_is_asked_and_read(bench, monkeypatch):
     monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench, "find_tool", lambda name, folder: Path(name))
     args = options(bench, "-t", "2", "--kv", "int8", "-r", "3")
-    assert bench.llama_speed(args, bench.Test("tg", 8, 256)) == 5.0
-    line = " ".join(asked[0])
-    assert "-p 0 -n 8 -d 256 -r 3 -o json -t 2 -ctk q8_0" in line
+    for args.has_values, args.llama_kv, cache in (
+        (False, None, "-ctk q8_0"),
+        (True, None, "-ctk q8_0 -ctv q8_0"),
+        (False, "f16", "-ctk f16"),
+    ):
+        assert bench.llama_speed(args, bench.Test("tg", 8, 256)) == 5.0
+        assert " ".join(asked.pop()).endswith(f"-p 0 -n 8 -d 256 -r 3 -o json -t 2 -fa 1 {cache}")
     with pytest.raises(bench.ToolError, match=r"measured \[\(0, 8, 256\)\], expected pp8"):
         bench.llama_speed(args, bench.Test("pp", 8))
     monkeypatch.setattr(bench, "run", lambda command: "segmentation fault")

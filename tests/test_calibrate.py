@@ -24,6 +24,7 @@ from edge_moe.gguf import open_gguf
 from edge_moe.models.deepseek2 import MLP, load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "v2_lite.gguf"
+LLAMAS = Path(__file__).parent / "golden_llama"
 
 
 def formats_of(source, fmt=Q4_0):
@@ -37,8 +38,8 @@ def some_windows(source, n=6, length=64):
     return np.random.default_rng(0).integers(0, source.tensors["token_embd.weight"].shape[0], (n, length))
 
 
-def run(folder, windows, **options):
-    source = open_gguf(GOLDEN)
+def run(folder, windows, path=GOLDEN, **options):
+    source = open_gguf(path)
     store = EncodedStore(folder, "job")
     return calibrate(Checkpoint(source), windows, formats_of(source), store, n_threads=2, **options), store
 
@@ -91,13 +92,18 @@ def test_moments_of_an_expert(is_down):
             np.testing.assert_allclose(found, right, atol=2e-4 * np.abs(mean).max())
 
 
-def test_answers_are_nearer_than_by_search(tmp_path):
-    source = open_gguf(GOLDEN)
-    coverage, store = run(tmp_path / "store", some_windows(source, 24))
+@pytest.mark.parametrize(
+    ("path", "layers_with_experts"),
+    [(GOLDEN, {1}), (LLAMAS / "mixtral.gguf", {0, 1}), (LLAMAS / "llama_linear.gguf", set())],
+    ids=lambda each: getattr(each, "stem", ""),
+)
+def test_answers_are_nearer_than_by_search(path, layers_with_experts, tmp_path):
+    source = open_gguf(path)
+    coverage, store = run(tmp_path / "store", some_windows(source, 24), path)
     assert coverage.n_tokens == 24 * 64
-    assert all(
-        hits.sum() == 24 * 64 * source.metadata["deepseek2.expert_used_count"] for hits in coverage.hits.values()
-    )
+    assert coverage.hits.keys() == layers_with_experts
+    n_used = source.metadata.get(f"{source.metadata['general.architecture']}.expert_used_count", 0)
+    assert all(hits.sum() == 24 * 64 * n_used for hits in coverage.hits.values())
     formats = formats_of(source)
     encoded = {name for name, fmt in formats.items() if fmt is Q4_0}
     assert {path.stem for path in store.folder.glob("*.bin")} == encoded
@@ -105,8 +111,7 @@ def test_answers_are_nearer_than_by_search(tmp_path):
     quantize(source, tmp_path / "mended.gguf", formats, file_type=2, store=store)
     ids = np.random.default_rng(9).integers(0, 100, 128).tolist()  # other tokens than those calibrated on
     right, search, mended = (
-        edge_moe.load(path, kv="f32").logits(ids)
-        for path in (GOLDEN, tmp_path / "search.gguf", tmp_path / "mended.gguf")
+        edge_moe.load(path, kv="f32").logits(ids) for path in (path, tmp_path / "search.gguf", tmp_path / "mended.gguf")
     )
     assert np.square(mended - right).mean() < 0.9 * np.square(search - right).mean()
 
@@ -230,3 +235,17 @@ def test_the_command(tmp_path, capsys):
     assert main(command) == 0
     assert "calibrated on" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.gguf", "text.txt", "tiny.gguf"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_command_on_llama(name, tmp_path, capsys):
+    """With a recipe and with types by measurement; only a model with experts is told about its experts."""
+    text = tmp_path / "text.txt"
+    text.write_text("the and of a then " * 300)
+    command = ["quantize", str(LLAMAS / f"{name}.gguf"), str(tmp_path / "o.gguf"), "--calibrate", str(text)]
+    assert main([*command, "--type", "Q4_0", "--chunks", "2"]) == 0
+    assert ("least used expert" in capsys.readouterr().err) == (name == "mixtral")
+    assert main([*command, "--type", "auto", "--bpw", "6", "--chunks", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_weight"] <= 6
+    logits = edge_moe.load(tmp_path / "o.gguf").logits([0, 5, 9])
+    assert np.isfinite(logits).all()

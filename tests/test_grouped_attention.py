@@ -76,6 +76,7 @@ SHAPES = [  # n_heads, n_kv_heads, dim, window, sizes
     (8, 2, 16, 5, [1, 2, 40, 1, 1]),
     (5, 1, 7, 300, [600, 1, 1, 9]),
     (4, 2, 16, 256, [700, 1, 7]),
+    (4, 1, 80, 300, [560, 1, 1, 7, 1]),
     (2, 2, 2, 1, [9, 1]),
 ]
 
@@ -141,11 +142,12 @@ def test_threads_and_layers_change_nothing(kind):
 
 
 def test_sizes():
-    """Llama-3-8B: 128 KiB a token in bf16; 8 bits take little more than half."""
+    """Llama-3-8B: 128 KiB a token in bf16; 8 bits take little more than half. There is room for 32 tokens at a time."""
     llama = config(8, 128, n_layers=32)
-    assert kv_cache_bytes(llama, 100) == 100 * 128 * 1024 == KvCache(llama, 100).n_bytes
-    assert kv_cache_bytes(llama, 100, "int8") == 100 * 32 * 8 * (2 * 128 + 16)
-    assert kv_cache_bytes(llama, 100, "f32") == 2 * 100 * 128 * 1024
+    for n_tokens, room in ((96, 96), (97, 128)):
+        assert kv_cache_bytes(llama, n_tokens) == room * 128 * 1024 == KvCache(llama, n_tokens).n_bytes
+        assert kv_cache_bytes(llama, n_tokens, "int8") == room * 32 * 8 * (2 * 128 + 8)
+        assert kv_cache_bytes(llama, n_tokens, "f32") == 2 * room * 128 * 1024
 
 
 def test_bad_arguments():

@@ -17,6 +17,7 @@ from edge_moe.gguf import open_gguf
 from edge_moe.models.deepseek2 import MLP, load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "v2_lite.gguf"
+LLAMAS = Path(__file__).parent / "golden_llama"
 
 
 def test_sums_of_experts():
@@ -41,8 +42,9 @@ def test_sums_of_experts():
         np.testing.assert_allclose(ops.sums[w.down_proj.name][e], np.square(gated).sum(axis=0), rtol=2e-3, atol=1e-6)
 
 
-def test_every_matrix_but_the_head():
-    checkpoint = open_checkpoint(GOLDEN)
+@pytest.mark.parametrize("path", [GOLDEN, LLAMAS / "mixtral.gguf", LLAMAS / "llama.gguf"], ids=lambda path: path.stem)
+def test_every_matrix_but_the_head(path):
+    checkpoint = open_checkpoint(path)
     windows = np.random.default_rng(1).integers(0, 100, (3, 40))
     sums = collect(checkpoint, windows, n_threads=2)
     names = {checkpoint.tensor_name(name) for name in sums.sums}

@@ -1,5 +1,6 @@
 """The engine computes what transformers computes: tiny random Llama, Mistral and Mixtral models."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from edge_moe.models.deepseek2 import load_weights as load_deepseek
 GOLDEN = Path(__file__).parent / "golden_llama"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.gguf"))
 WAYS = {"prefill": [32], "chunks": [5, 1, 9, 2, 15], "one by one": [1] * 32, "generation": [20, *[1] * 12]}
+U32 = gguf.GGUFValueType.UINT32
 every_golden = pytest.mark.parametrize("name", NAMES)
 
 
@@ -109,6 +111,29 @@ def test_a_wrong_setting_shows(name, key, wrong):
     assert distance(model.logits(ids), expected) > 3e-3
 
 
+@pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (0.6, 0.1)])
+def test_yarn_as_llama_cpp_stretches_it(fast, slow, tmp_path):
+    """Also with bounds of the file's own, which llama.cpp has to be told."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is the reference; install the test extra")
+    f32, text = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+    keys = {
+        "rope.scaling.type": ("yarn", text), "rope.scaling.factor": (4.0, f32), "rope.freq_base": (500.0, f32),
+        "rope.scaling.original_context_length": (64, U32),
+        "rope.scaling.yarn_beta_fast": (fast, f32), "rope.scaling.yarn_beta_slow": (slow, f32),
+    }  # fmt: skip
+    keys = {f"llama.{key}": value for key, value in keys.items()}
+    path = rewrite(GOLDEN / "llama_linear.gguf", tmp_path / "yarn.gguf", keys=keys)
+    ids = load_golden("llama_linear")[1].tolist()
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=64, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0,
+        yarn_beta_fast=fast, yarn_beta_slow=slow,
+    )  # fmt: skip
+    theirs.eval(ids)
+    expected = np.array(theirs.scores[: len(ids)])
+    theirs.close()
+    assert distance(edge_moe.load(path, kv="f32").logits(ids), expected) < 1e-5
+
+
 def test_without_rope_factors_the_logits_differ():
     path, ids, expected = load_golden("llama3")
     model = ReferenceLlama.from_gguf(path)
@@ -117,9 +142,6 @@ def test_without_rope_factors_the_logits_differ():
 
 
 # ---- what the file declares
-
-
-U32 = gguf.GGUFValueType.UINT32
 
 
 @pytest.mark.parametrize(
@@ -155,10 +177,32 @@ def test_a_bias_is_refused(tmp_path):
         edge_moe.load(path)
 
 
-def test_what_is_for_deepseek_only_says_so():
-    model = edge_moe.load(GOLDEN / "llama.gguf")
+def test_what_is_for_deepseek_only_says_so(tmp_path, capsys):
+    path = str(GOLDEN / "llama.gguf")
+    model = edge_moe.load(path)
     with pytest.raises(UnsupportedError, match="architecture llama, expected deepseek2"):
         load_deepseek(model.checkpoint)
+    for command, message in (
+        (["export", "onnx", path, str(tmp_path / "onnx")], "architecture llama, expected deepseek2"),
+        (["quantize", path, str(tmp_path / "o.gguf"), "--type", "Q8_0", "--rotate-latent"], "no latent"),
+        (["run", path, "hi", "--kv", "int4"], "--kv int4: a model of grouped-query attention takes one of bf16, int8"),
+        (["bench", path, "-p", "4", "--kv", "int4"], "--kv int4: a model of grouped-query attention takes one of"),
+        (["experts", path, "--text", __file__], "has no experts"),
+    ):
+        assert main(command) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_routes_of_a_text_longer_than_the_context(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the and of a then " * 100)
+    assert main(["experts", str(GOLDEN / "mixtral.gguf"), "--text", str(text), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] > 256
+    assert np.shape(document["use_per_token"]) == (2, 6)
 
 
 @every_golden

@@ -77,18 +77,41 @@ def test_graph_is_sound(name, tmp_path):
         assert domains == ({""} if bits == 32 else {"", "com.microsoft"})
 
 
-def test_cache_is_the_latent(tmp_path):
-    """Per token and layer it holds kv_lora_rank + qk_rope_head_dim numbers, in f32 or f16."""
+@pytest.mark.parametrize(
+    ("kv", "row_bytes", "allowed"), [("fp32", 40 * 4, 1e-5), ("fp16", 40 * 2, 1e-3), ("int8", 40 + 40 // 4, 1e-2)]
+)
+def test_cache_is_the_latent(kv, row_bytes, allowed, tmp_path):
+    """Per token and layer it holds kv_lora_rank + qk_rope_head_dim numbers, and in int8 a scale for each 4 of them.
+
+    (The largest block that fits both halves of these 32 + 8 is 4; for DeepSeek-V2's 512 + 64 it is 32.)
+    """
     path, ids, expected = load_golden("v3")
-    for half_cache, n_bytes in ((False, 4), (True, 2)):
-        out = tmp_path / str(n_bytes)
-        export(path, out, bits=32, half_cache=half_cache)
-        model = OnnxPass(OnnxFolder(out), threads=1)
-        cache = model.new_cache(64)
+    export(path, tmp_path / "out", bits=32, kv=kv)
+    model = OnnxPass(OnnxFolder(tmp_path / "out"), threads=1)
+    cache = model.new_cache(64)
+    model.forward(ids, cache)
+    assert (cache.length, cache.free) == (32, 32)
+    assert cache.n_bytes == 32 * 3 * row_bytes
+    for sizes in WAYS.values():
+        assert distance(forward(model, ids, sizes), expected) < allowed
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
+
+
+def test_int8_cache_holds_rows_of_all_sizes(tmp_path):
+    """What is kept of a token is within half a step of it: a step is at most 2^(1/8) / 127 of its block's peak."""
+    path, ids, _ = load_golden("v2_lite")
+    halves = {}
+    for kv in ("fp32", "int8"):
+        export(path, tmp_path / kv, bits=32, kv=kv)
+        model = OnnxPass(OnnxFolder(tmp_path / kv), threads=1)
+        cache = model.new_cache(32)
         model.forward(ids, cache)
-        assert (cache.length, cache.free) == (32, 32)
-        assert cache.n_bytes == 32 * 3 * (32 + 8) * n_bytes
-    assert distance(forward(model, ids, [20, 12]), expected) < 1e-3  # that of f16
+        halves[kv] = [half.numpy()[0, 0] for half in cache.halves[:2]]  # the first layer's, which no rounding has met
+    for exact, kept in zip(halves["fp32"], halves["int8"], strict=True):
+        codes, steps = np.split(kept.astype(np.float64), [20], axis=1)
+        restored = codes.reshape(32, 5, 4) * 2.0 ** (steps[..., None] / 8)
+        peaks = np.abs(exact.reshape(32, 5, 4)).max(axis=2, keepdims=True)
+        assert (np.abs(restored - exact.reshape(32, 5, 4)) <= 0.5001 * 2 ** (1 / 8) / 127 * peaks).all()
 
 
 def test_cache_is_cut_and_bounded(tmp_path):

@@ -76,6 +76,23 @@ def test_blocks_are_repacked_exactly(kind, bits, block, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_by_importance(bits):
+    """Errors in columns that count more become less, by the sum that is weighted; the same for all leaves all as is."""
+    rng = np.random.default_rng(7)
+    values = rng.standard_normal((50, 128), np.float32)
+    importance = rng.uniform(0.01, 1.0, 128).astype(np.float32) ** 4 + np.float32(1e-4)
+    errors = []
+    for weights in (None, importance):
+        codes, scales = quantize(values, bits, 32, weights)
+        restored = np.repeat(scales, 32, axis=1) * codes
+        errors.append((importance * (values - restored) ** 2).sum())
+    assert errors[1] < 0.97 * errors[0]
+    plain, even = quantize(values, bits, 32), quantize(values, bits, 32, np.full(128, 0.5, np.float32))
+    assert np.array_equal(plain[0], even[0])
+    np.testing.assert_allclose(plain[1], even[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_quantize(bits):
     """Better than rounding to the largest value of each block, and right for blocks of zeros and of codes."""
     values = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32)
@@ -134,6 +151,46 @@ def test_embedded_model_through_the_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["kld_mean"] < 2e-3
     assert main(["bench", str(out), "-p", "16", "-n", "4", "-r", "1", "--json"]) == 0
     assert [test["test"] for test in json.loads(capsys.readouterr().out)] == ["pp16", "tg4"]
+
+
+def test_what_the_answers_lose_is_reported(tmp_path, capsys):
+    """As `eval` finds it; and with an importance matrix from the text less is lost on that text."""
+    model, text = str(embedded_model_path()), tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 30)
+    assert main(["imatrix", model, "-f", str(text), "-o", str(tmp_path / "imatrix.gguf")]) == 0
+    lost = []
+    for name, more in (("plain", []), ("weighted", ["--imatrix", str(tmp_path / "imatrix.gguf")])):
+        capsys.readouterr()
+        words = ["--bits", "4", "--text", str(text), "--chunks", "1", *more]
+        assert main(["export", "onnx", model, str(tmp_path / name), *words, "--json"]) == 0
+        lost.append(json.loads(capsys.readouterr().out)["divergence"])
+        words = ["--text", str(text), "--chunks", "1", "-c", "512", "--reference", model, "--json"]
+        assert main(["eval", str(tmp_path / name), *words]) == 0
+        assert json.loads(capsys.readouterr().out)["kld_mean"] == pytest.approx(lost[-1]["kld_mean"], rel=1e-6)
+    assert 0 < lost[1]["kld_mean"] < lost[0]["kld_mean"] < 0.5
+    assert main(["export", "onnx", model, str(tmp_path / "told"), "--text", str(text), "--chunks", "1"]) == 0
+    assert f"KL divergence from {model}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kv", "head_size", "number"), [("fp32", 20, "float"), ("fp16", 20, "float16"), ("int8", 25, "int8")]
+)
+def test_the_kind_of_cache_is_an_option(kv, head_size, number, tmp_path, capsys):
+    model, out = str(GOLDEN / "v3.gguf"), tmp_path / "out"
+    assert main(["export", "onnx", model, str(out), "--block", "16", "--kv", kv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv"] == kv
+    assert json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["head_size"] == head_size
+    graph = onnx.load(str(out / "model.onnx"), load_external_data=False).graph
+    past = next(each for each in graph.input if each.name == "past_key_values.2.value").type.tensor_type
+    assert onnx.helper.tensor_dtype_to_string(past.elem_type) == f"TensorProto.{number.upper()}"
+    assert main(["run", str(out), "the", "-n", "4", "--temp", "0"]) == 0
+
+
+def test_packed_graph_says_what_it_saves(tmp_path, capsys):
+    model = str(embedded_model_path())
+    assert main(["export", "onnx", model, str(tmp_path / "out"), "--bits", "8", "--optimized"]) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if "packed weights" in line)
+    assert 20 < float(line.split(" MB")[0]) < 80
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):

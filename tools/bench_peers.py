@@ -9,7 +9,7 @@ appended to the log at once: called again with the same setup, the program goes 
 larger --rounds adds rounds.
 
 The bound of generation is the measured speed of reading memory divided by the bytes that one token must read: all
-weights but the embeddings and the idle experts, and the latent cache. A model that fits the processor's cache may
+weights but the embeddings and the idle experts, and the cache. A model that fits the processor's cache may
 exceed it.
 """
 
@@ -27,17 +27,19 @@ from typing import Any
 
 import numpy as np
 from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
-from numba import prange
+from numba import prange, types
 
 from edge_moe.cli.report import Display, format_bytes, write_json
-from edge_moe.config import KV_KINDS
+from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import EdgeMoeError
 from edge_moe.kernels.jit import parallel_kernel
+from edge_moe.kernels.simd import address_of, i32x16, load, prefetch, splat, store
 
 OURS, THEIRS = "edge_moe", "llama.cpp"
 CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
 READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
 READ_PASSES = 5
+READ_AHEAD = 2048
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def llama_speed(args: argparse.Namespace, test: Test) -> float:
     prompt, generated = (test.n_tokens, 0) if test.kind == "pp" else (0, test.n_tokens)
     words = ["-p", prompt, "-n", generated, "-d", test.depth, "-r", args.repetitions, "-o", "json"]
     words += ["-t", args.threads] if args.threads else []
-    words += ["-ctk", CACHE_TYPES[args.kv]] if args.kv else []
+    words += ["-fa", "1"]  # with which it is faster, and without which it takes values in f16 only
+    kind = args.llama_kv or args.kv
+    if kind:
+        words += ["-ctk", CACHE_TYPES[kind]]
+        words += ["-ctv", CACHE_TYPES[kind]] if args.has_values else []
     output = run([find_tool("llama-bench", args.llama), "-m", args.model, *map(str, words)])
     entries = json_in(output, "[", "llama-bench")
     sizes = [(each["n_prompt"], each["n_gen"], each["n_depth"]) for each in entries]
@@ -97,15 +103,24 @@ def json_in(output: str, start: str, program: str) -> Any:
 
 @parallel_kernel
 def sum_words(words, n_parts):
-    """Read all of words u64[N] in n_parts side by side; returns their sum, so that no read can be left out."""
-    part = (words.size + n_parts - 1) // n_parts
-    sums = np.zeros(n_parts, np.uint64)
+    """Read all of words u32[N], n_parts side by side; returns their sum modulo 2**32, so that no read is left out.
+
+    In registers, and asked for far ahead: a loop of plain additions waits for itself before it waits for the memory.
+    """
+    n_lines = words.size // 64
+    part = (n_lines + n_parts - 1) // n_parts
+    sums = np.zeros((n_parts, 16), np.int32)
+    first, out = address_of(words), address_of(sums)
     for p in prange(n_parts):
-        total = np.uint64(0)
-        for i in range(p * part, min(words.size, (p + 1) * part)):
-            total += words[i]
-        sums[p] = total
-    return sums.sum()
+        a = b = c = d = splat(i32x16, types.int32(0))
+        for line in range(p * part, min(n_lines, (p + 1) * part)):
+            place = first + 256 * line
+            for i in range(READ_AHEAD, READ_AHEAD + 256, 64):
+                prefetch(place + i)
+            a, b = a + load(i32x16, place), b + load(i32x16, place + 64)
+            c, d = c + load(i32x16, place + 128), d + load(i32x16, place + 192)
+        store(out + 64 * p, (a + b) + (c + d))
+    return np.uint32((sums.sum() + words[64 * n_lines :].sum()) & 0xFFFFFFFF)
 
 
 def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
@@ -115,7 +130,7 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
     from edge_moe.kernels.elementwise import set_threads
 
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
-    words = np.ones(n_bytes // 8, np.uint64)  # ones, not zeros: untouched pages would all be the same one
+    words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
     set_threads(threads)
     best = 0.0
     for _ in range(READ_PASSES + 1):
@@ -129,10 +144,11 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one token reads: of the weights always, of the latent cache for each token of context."""
+    """Bytes that one token reads: of the weights always, of the cache for each token of context."""
 
     weights_bytes: int
     cache_bytes_per_position: float
+    has_values: bool = False  # the cache keeps values beside keys
 
     def bytes_at(self, depth: float) -> float:
         """Bytes read by a token behind `depth` tokens."""
@@ -143,12 +159,15 @@ def traffic_of(path: Path, kv: str) -> Traffic:
     """What the model's config and tensor sizes say. Raises FormatError, UnsupportedError."""
     from edge_moe import plan
     from edge_moe.checkpoint import open_checkpoint
-    from edge_moe.latent_cache import latent_cache_bytes
-    from edge_moe.models.deepseek2 import load_weights
+    from edge_moe.models.architectures import cache_bytes_by_kind, load_weights
 
     checkpoint = open_checkpoint(path)
+    length = min(1024, checkpoint.config.max_position_embeddings)
+    cache_bytes = cache_bytes_by_kind(checkpoint.config, length)
+    if kv not in cache_bytes:
+        raise ToolError(f"--kv {kv}: the cache of {path.name} is one of {', '.join(cache_bytes)}")
     _, weights_bytes = plan.active_weights(checkpoint.config, plan.parts(load_weights(checkpoint)))
-    return Traffic(weights_bytes, latent_cache_bytes(checkpoint.config, 1024, kv) / 1024)
+    return Traffic(weights_bytes, cache_bytes[kv] / length, isinstance(checkpoint.config, LlamaConfig))
 
 
 # ---- the log
@@ -344,8 +363,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--kv",
         choices=[kind for kind in KV_KINDS if kind in CACHE_TYPES],
-        help="latent cache of both (default: each's own)",
+        help="cache of both (default: each's own)",
     )
+    add("--llama-kv", choices=list(CACHE_TYPES), help="another cache for llama.cpp, whose own is f16 (default: --kv's)")
     add("--log", metavar="FILE", type=Path, help="JSON lines of the results (default MODEL's name with .bench.jsonl)")
     add("--plot", metavar="FILE", type=Path, help="write speed against context and prompt length (PNG or SVG)")
     add("--json", action="store_true", help="print one JSON document instead of the table")
@@ -361,6 +381,7 @@ def execute(args: argparse.Namespace) -> None:
 
     args.threads = args.threads or default_threads()
     traffic = traffic_of(args.model, args.kv or KV_KINDS[0])  # first of all, as it reads the model's header
+    args.has_values = traffic.has_values
     find_tool("llama-bench", args.llama)
     tests = [Test("tg", args.n_gen, depth) for depth in args.contexts] + [Test("pp", n) for n in args.prompts]
     if not tests:
@@ -371,6 +392,7 @@ def execute(args: argparse.Namespace) -> None:
         "model_bytes": status.st_size,
         "threads": args.threads,
         "kv": args.kv,
+        "llama_kv": args.llama_kv or args.kv,
         "repetitions": args.repetitions,
     }
     log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
@@ -383,7 +405,7 @@ def execute(args: argparse.Namespace) -> None:
         measure(log, tests, args.rounds, engines, lambda: read_bytes_per_s(args.threads), show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)
-    title = f"{args.model.name}, {args.threads} threads, latent cache {args.kv or 'by default'}, {rounds} rounds"
+    title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {rounds} rounds"
     if args.json:
         write_json({**setup, "rounds": rounds, **found})
     else:

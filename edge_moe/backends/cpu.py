@@ -26,7 +26,7 @@ from edge_moe.weights import Weight
 Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.group_by_expert
 
 
-EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 1024  # from so many on making keys and values costs less than it saves
+EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 256  # from so many on making keys and values costs less than it saves
 _EXPANDED_TOKENS = 512  # of the context at a time
 
 

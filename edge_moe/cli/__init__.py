@@ -44,7 +44,8 @@ examples:
   edge-moe chat DeepSeek-V2-Lite-Chat.Q4_K_M.gguf
   edge-moe info model.gguf --json
 
-exit status: 0 done, 2 bad input (one line on standard error says what), 130 stopped by Ctrl-C.
+exit status: 0 done, 2 bad input or an output that could not be finished (one line on standard error says what),
+130 stopped by Ctrl-C.
 """
 
 

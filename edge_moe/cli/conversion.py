@@ -1,11 +1,13 @@
 """What `convert` and `quantize` share: the names of recipes, converting to quantized formats, and the report of it."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_moe.cli.report import format_bytes, format_duration, print_dim, write_json
+from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
     from edge_moe_export.convert import Conversion
@@ -22,6 +24,15 @@ def type_name(text: str) -> str:
     if text.upper() not in TYPES:
         raise argparse.ArgumentTypeError(f"expected one of {' '.join(TYPES)}, found {text!r}")
     return text.upper()
+
+
+@contextlib.contextmanager
+def all_or_nothing(out: Path) -> Iterator[None]:
+    """Ctrl-C while `out` is made: said in a line, since nothing of it stays."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise OptionError(f"{out}: not written, since the run was interrupted; nothing of it is left") from None
 
 
 def report_conversion(args: argparse.Namespace, conversion: "Conversion", seconds: float) -> int:
@@ -64,5 +75,5 @@ def convert_quantized(
     from edge_moe.api import default_threads
 
     n_threads = threads or default_threads()
-    with ThreadPoolExecutor(n_threads) as pool:
+    with all_or_nothing(out), ThreadPoolExecutor(n_threads) as pool:
         return convert(folder, out, encoding(recipe, rules, pool, n_threads), progress=progress)

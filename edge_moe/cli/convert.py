@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from edge_moe.cli.conversion import convert_quantized, report_conversion
+from edge_moe.cli.conversion import all_or_nothing, convert_quantized, report_conversion
 from edge_moe.cli.conversion import type_name as recipe_name
 from edge_moe.cli.options import Parser, add_threads_option
 from edge_moe.cli.report import Display
@@ -13,8 +13,9 @@ from edge_moe.errors import OptionError
 _PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _DESCRIPTION = """\
-Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind (safetensors in bf16, f16, f32 or fp8, with a byte-level
-BPE tokenizer.json) to one GGUF file. OUT appears when it is complete; until then nothing is there or replaced."""
+Convert a Hugging Face checkpoint of a DeepSeek-V2 or -V3 kind, or of Llama, Mistral or Mixtral, to one GGUF file: its
+safetensors in bf16, f16, f32 or fp8, and its tokenizer.json, tiktoken.model or tokenizer.model. OUT appears when it is
+complete; until then nothing is there or replaced."""
 
 _EXAMPLES = """\
 examples:
@@ -27,7 +28,7 @@ def parser(prog: str) -> Parser:
     """The options of `convert`."""
     parser = Parser(prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} HF_DIR OUT.gguf [options]")
     add = parser.add_argument
-    add("folder", metavar="HF_DIR", help="a folder with config.json, tokenizer.json and *.safetensors")
+    add("folder", metavar="HF_DIR", help="a folder with config.json, *.safetensors and the tokenizer's files")
     add("out", metavar="OUT.gguf", help="the file to write")
     add(
         "--type",
@@ -67,7 +68,8 @@ def execute(args: argparse.Namespace) -> int:
             display.show("converting", done_bytes, total_bytes, tensor_name)
 
         if args.type in _PLAIN_TYPES:
-            conversion = convert(folder, out, args.type, progress=show)
+            with all_or_nothing(out):
+                conversion = convert(folder, out, args.type, progress=show)
         else:
             display.watch_compilation()
             conversion = convert_quantized(folder, out, args.type, [], args.threads, show)

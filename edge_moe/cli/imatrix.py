@@ -56,7 +56,7 @@ def execute(args: argparse.Namespace) -> int:
         sums = collect(checkpoint, windows, n_threads=args.threads or default_threads(), progress=show)
     size_bytes = write_imatrix(Path(args.output), checkpoint, sums, windows, Path(args.text).name)
     seconds = time.perf_counter() - started
-    least = min((int(counts.min()) for counts in sums.counts.values() if counts.size > 1), default=windows.size)
+    least = min((int(counts.min()) for counts in sums.counts.values() if counts.size > 1), default=None)
     if args.json:
         write_json(
             {
@@ -72,6 +72,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     print_dim(
         f"wrote {one_line(args.output)}: {len(sums.sums)} tensors, {format_bytes(size_bytes)}, "
-        f"from {windows.size} tokens in {format_duration(seconds)}; the least used expert had {least}"
+        f"from {windows.size} tokens in {format_duration(seconds)}"
+        + (f"; the least used expert had {least}" if least is not None else "")
     )
     return 0

@@ -327,7 +327,9 @@ def _window_length(source: "GGUFFile") -> int:
 
 
 def _print_coverage(args: argparse.Namespace, coverage: "Coverage") -> None:
-    line = f"calibrated on {coverage.n_tokens} tokens; the least used expert had {coverage.least}"
+    line = f"calibrated on {coverage.n_tokens} tokens"
+    if coverage.hits:
+        line += f"; the least used expert had {coverage.least}"
     if coverage.seldom:
         line += (
             f"; {coverage.seldom} experts had too few for error compensation and were searched by their layer's "

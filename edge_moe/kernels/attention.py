@@ -15,15 +15,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
+from numba import get_num_threads, types
 
 from edge_moe.errors import ShapeError
 from edge_moe.kernels import attention_codes, attention_nibbles, attention_rows
-from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM, context_bytes
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM
 from edge_moe.kernels.attention_tiles import HEADS
 from edge_moe.kernels.blocks import TAGS, FormatTag
-from edge_moe.kernels.jit import inline_kernel, kernel
-from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
+from edge_moe.kernels.functions import exp2
+from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
+from edge_moe.kernels.launch import first_of_unit
+from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, larger, load, splat, store
 
 # How latents are kept, by name.
 FORMATS: dict[str, FormatTag] = {
@@ -32,10 +34,11 @@ FORMATS: dict[str, FormatTag] = {
     "int4": attention_nibbles.INT4,
     "f32": TAGS["F32"],
 }
+LONG_PARTS, MOST_PARTS = 8, 32  # so many parts occupy the threads; and so many do of any machine
 FEW_TOKENS = 8  # from here on there are tokens enough to occupy the threads without splitting the context
 
 # A plan is int64[N_FIELDS]; the same for all three kernels. Strides are bytes; the scale is given by its f64 bits.
-COUNTER, N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE, SCALE, PART_TOKENS = range(9)
+COUNTER, N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE, SCALE, SHARES = range(9)
 C_KV, C_KV_STRIDE, K_PE, K_PE_STRIDE = range(9, 13)
 Q_LATENT, Q_LATENT_STRIDE, Q_LATENT_HEAD, Q_PE, Q_PE_STRIDE, Q_PE_HEAD = range(13, 19)
 OUT, OUT_STRIDE, OUT_HEAD, QUERIES, QUERY_BYTES, PARTS, PART_BYTES = range(19, 26)
@@ -65,11 +68,20 @@ def _n_tiles(plan):
     return (_field(plan, N_HEADS) + HEADS - 1) // HEADS
 
 
+@both_sides
+def _part_tokens(n_tokens, length):
+    """Tokens of a part of the context: many parts for few tokens, but no more than MOST_PARTS, as they are joined."""
+    if n_tokens >= FEW_TOKENS:
+        return 1 << 62
+    return CHUNK_TOKENS * (1 + length // (MOST_PARTS * CHUNK_TOKENS))
+
+
 @inline_kernel
 def _n_parts(plan, n_tokens):
     """Parts of the context that the first n_tokens of the new tokens see."""
-    part_tokens = _field(plan, PART_TOKENS)
-    return (load(types.int64, _field(plan, LENGTH)) + n_tokens + part_tokens - 1) // part_tokens
+    length = load(types.int64, _field(plan, LENGTH))
+    part_tokens = _part_tokens(_field(plan, N_TOKENS), length)
+    return (length + n_tokens - 1) // part_tokens + 1
 
 
 @kernel
@@ -104,56 +116,58 @@ def attend_units(fmt, plan):
     A partial result holds the largest scores f32[16], the sums f32[16] and the contexts f32[HEADS][rank up to 16s].
     """
     n_tokens, n_tiles, rank, rope = _field(plan, N_TOKENS), _n_tiles(plan), _field(plan, RANK), _field(plan, ROPE)
-    part_tokens, length = _field(plan, PART_TOKENS), load(types.int64, _field(plan, LENGTH))
-    n_parts = _n_parts(plan, n_tokens)
+    length = load(types.int64, _field(plan, LENGTH))
+    part_tokens, n_parts = _part_tokens(n_tokens, length), _n_parts(plan, n_tokens)
     memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     scratch = (address_of(memory) + 63) & ~63
+    # Of a long context a thread takes all tiles of a part, which then lies in its own cache after the first.
+    tiles_at_once = n_tiles if n_parts >= LONG_PARTS else 1
+    n_runs, shares = n_tokens * n_parts * n_tiles // tiles_at_once, _field(plan, SHARES)
     while True:
         unit = fetch_add(plan, 1)
-        if unit >= n_tokens * n_parts * n_tiles:
+        run, stop = first_of_unit(unit, n_runs, shares, 1), first_of_unit(unit + 1, n_runs, shares, 1)
+        if run >= n_runs:
             return memory.size  # the memory must live until here
-        i, tile = unit // n_tiles, unit % n_tiles
-        t, begin = i // n_parts, i % n_parts * part_tokens
-        end = min(begin + part_tokens, length + t + 1)
-        query = _field(plan, QUERIES) + (t * n_tiles + tile) * _field(plan, QUERY_BYTES)
-        partial = _field(plan, PARTS) + unit * _field(plan, PART_BYTES)
-        store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
-        for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
-            store(place, splat(f32x16, types.float32(0.0)))
-        for first in range(begin, end, CHUNK_TOKENS):
-            n = min(CHUNK_TOKENS, end - first)
-            fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
+        for each in range(run * tiles_at_once, min(stop, n_runs) * tiles_at_once):
+            i, tile = each // n_tiles, each % n_tiles
+            t, begin = i // n_parts, i % n_parts * part_tokens
+            end = min(begin + part_tokens, length + t + 1)
+            query = _field(plan, QUERIES) + (t * n_tiles + tile) * _field(plan, QUERY_BYTES)
+            partial = _field(plan, PARTS) + each * _field(plan, PART_BYTES)
+            store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
+            for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
+                store(place, splat(f32x16, types.float32(0.0)))
+            for first in range(begin, end, CHUNK_TOKENS):
+                n = min(CHUNK_TOKENS, end - first)
+                fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
 
 
 @kernel
 def merge_units(fmt, plan):
-    """Join the parts of one head of one token, in order, as long as the plan has some: the sum of latents weighted."""
+    """Join the parts of one tile of heads of one token, in order, as long as the plan has some."""
     n_tokens, n_heads, n_tiles, rank = _field(plan, N_TOKENS), _field(plan, N_HEADS), _n_tiles(plan), _field(plan, RANK)
     n_parts, next_part = _n_parts(plan, n_tokens), n_tiles * _field(plan, PART_BYTES)
-    memory = np.empty(4 * rank + 64, np.uint8)
-    context = address_of(memory)
+    memory = np.empty(64 * n_parts + 16 * HEADS + 64, np.uint8)
+    weights = (address_of(memory) + 63) & ~63
     while True:
         unit = fetch_add(plan, 1)
-        if unit >= n_tokens * n_heads:
+        if unit >= n_tokens * n_tiles:
             return memory.size  # the memory must live until here
-        t, head = unit // n_heads, unit % n_heads
-        lane, n = head % HEADS, _n_parts(plan, t + 1)
-        first = _field(plan, PARTS) + (t * n_parts * n_tiles + head // HEADS) * _field(plan, PART_BYTES)
-        top, total = types.float32(-np.inf), types.float32(0.0)
+        t, tile = unit // n_tiles, unit % n_tiles
+        n = _n_parts(plan, t + 1)
+        first = _field(plan, PARTS) + (t * n_parts * n_tiles + tile) * _field(plan, PART_BYTES)
+        top, total = splat(f32x16, types.float32(-np.inf)), splat(f32x16, types.float32(0.0))
         for c in range(n):
-            top = max(top, load(types.float32, first + c * next_part + LARGEST + 4 * lane))
-        for i in range(0, rank, 16):
-            store(context + 4 * i, splat(f32x16, types.float32(0.0)))
+            top = larger(load(f32x16, first + c * next_part + LARGEST), top)
         for c in range(n):
-            part = first + c * next_part
-            weight = np.exp2(load(types.float32, part + LARGEST + 4 * lane) - top)
-            total += weight * load(types.float32, part + SUM + 4 * lane)
-            vector, place = splat(f32x16, weight), part + CONTEXT + lane * context_bytes(rank)
-            for i in range(0, rank, 16):
-                store(context + 4 * i, fma(load(f32x16, place + 4 * i), vector, load(f32x16, context + 4 * i)))
-        out = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * _field(plan, OUT_HEAD)
-        for i in range(rank):
-            store(out + 4 * i, load(types.float32, context + 4 * i) / total)
+            weight = exp2(load(f32x16, first + c * next_part + LARGEST) - top)
+            store(weights + 64 * c, weight)
+            total = fma(weight, load(f32x16, first + c * next_part + SUM), total)
+        for c in range(n):
+            store(weights + 64 * c, load(f32x16, weights + 64 * c) / total)
+        head, out_head = tile * HEADS, _field(plan, OUT_HEAD)
+        out = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * out_head
+        fmt.join_contexts(first, next_part, n, weights, rank, min(HEADS, n_heads - head), out, out_head)
 
 
 # ---- Python side
@@ -194,11 +208,14 @@ def _part_bytes(rank: int) -> int:
     return CONTEXT + 64 * HEADS * -(-rank // 16)
 
 
+def _most_parts(n_tokens: int, context_length: int) -> int:
+    """The most parts that any length up to the context's makes of it."""
+    return min(-(-context_length // CHUNK_TOKENS), MOST_PARTS + 1) if n_tokens < FEW_TOKENS else 1
+
+
 def scratch_bytes(n_tokens: int, n_heads: int, rank: int, rope: int, context_length: int) -> int:
     """Bytes that `attention_steps` needs for n_tokens at once, anywhere in a context; the same for each layer."""
-    n_tiles, n_parts = -(-n_heads // HEADS), 1
-    if n_tokens < FEW_TOKENS:
-        n_parts = -(-context_length // CHUNK_TOKENS)
+    n_tiles, n_parts = -(-n_heads // HEADS), _most_parts(n_tokens, context_length)
     return 64 + n_tokens * n_tiles * (_query_bytes(rank, rope) + n_parts * _part_bytes(rank))
 
 
@@ -232,20 +249,19 @@ def attention_steps(
             raise ShapeError(f"expected float32{list(shape)} with contiguous rows, found {array.dtype}{[*array.shape]}")
     if scratch.nbytes < scratch_bytes(n_tokens, n_heads, rank, rope, context_length):
         raise ShapeError(f"{scratch.nbytes} bytes of scratch are too few for {n_tokens} tokens")
-    part_tokens = CHUNK_TOKENS if n_tokens < FEW_TOKENS else max(1, -(-context_length // CHUNK_TOKENS)) * CHUNK_TOKENS
     queries = (scratch.ctypes.data + 63) & ~63
     plan = np.zeros(N_FIELDS, np.int64)
     plan[[N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE]] = n_tokens, n_heads, rank, rope, length, cache
     plan[SCALE] = np.float64(scale * math.log2(math.e)).view(np.int64)
-    plan[PART_TOKENS] = part_tokens
+    plan[SHARES] = get_num_threads()
     for field, array in ((C_KV, c_kv), (K_PE, k_pe), (Q_LATENT, q_latent), (Q_PE, q_pe), (OUT, out)):
         plan[field : field + array.ndim] = array.ctypes.data, *array.strides[:-1]
     plan[[QUERIES, QUERY_BYTES]] = queries, _query_bytes(rank, rope)
     plan[[PARTS, PART_BYTES]] = queries + n_tokens * n_tiles * _query_bytes(rank, rope), _part_bytes(rank)
-    n_parts = -(-context_length // part_tokens)
+    n_parts = _most_parts(n_tokens, context_length)
     numbers = n_tokens * n_heads * rank
     return [
         Step(prepare_units, fmt, plan, n_tokens * (1 + n_tiles), 4 * numbers),
         Step(attend_units, fmt, plan.copy(), n_tokens * n_tiles * n_parts, 2 * context_length * numbers),
-        Step(merge_units, fmt, plan.copy(), n_tokens * n_heads, n_parts * numbers),
+        Step(merge_units, fmt, plan.copy(), n_tokens * n_tiles, n_parts * numbers),
     ]

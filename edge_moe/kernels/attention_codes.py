@@ -10,17 +10,24 @@ import numpy as np
 from numba import types
 from numba.extending import models, overload_method, register_model
 
-from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, context_bytes, join_chunk
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, join_chunk
 from edge_moe.kernels.attention_tiles import (
     BY_BYTES,
     HEADS,
     MAX_PROBABILITY,
     MAX_QUERY,
+    PAIRS,
     QUERY_BYTES,
+    first_tile,
+    pair_add_scores,
+    pair_add_values,
+    pair_of,
     query_codes,
     scatter,
+    second_tile,
+    store_by_quads,
     store_probabilities,
-    tile_accumulate,
+    tile_accumulate_quads,
     tile_add_scores,
     tile_add_values,
     tile_make_high,
@@ -36,6 +43,7 @@ from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     absolute,
     convert,
+    f32x4,
     f32x16,
     fma,
     i8x16,
@@ -43,6 +51,7 @@ from edge_moe.kernels.simd import (
     larger,
     load,
     prefetch,
+    prefetch_far,
     reduce_add,
     reduce_max,
     rounded,
@@ -265,23 +274,42 @@ def add_rope_scores(total, keys, query, rope_queries, rope):
 
 
 @inline_kernel
+def _score_products(sums, first, second, query, offset, quads):
+    """Products of some quads of dims of one block of tokens, or of two, with a tile's queries."""
+    for i in range(quads):
+        prefetch(first + 64 * i + PREFETCH_BYTES)
+        if PAIRS:
+            prefetch(second + 64 * i + PREFETCH_BYTES)
+            sums = pair_add_scores(sums, first + 64 * i, second + 64 * i, query, offset + QUERY_BYTES * i)
+        else:
+            sums = tile_add_scores(sums, first + 64 * i, query, offset + QUERY_BYTES * i)
+    return sums
+
+
+@inline_kernel
 def _scores(block, n_blocks, query, rank, rope, out):
-    """Scores of all tokens of some blocks, f32 [blocks][HEADS][16]."""
+    """Scores of all tokens of some blocks, f32 [blocks][HEADS][16]; of PAIRS, up to an even number of blocks."""
     first_sums, query_scales, rope_queries = _query_places(rank)
-    for b in range(n_blocks):
-        total, codes, offset = tile_zero(f32x16), block, 0
+    block_bytes, places = _block_bytes(rank, rope), _scales(rank, rope)
+    for b in range(0, n_blocks, 2 if PAIRS else 1):
+        first = block + b * block_bytes
+        second = first + block_bytes if b + 1 < n_blocks else first
+        total, other = tile_zero(f32x16), tile_zero(f32x16)
         for g in range(_groups(rank)):
-            sums = tile_numbers(query, first_sums + 4 * g)
-            for _ in range(min(GROUP // 4, _quads(rank) - GROUP // 4 * g)):
-                prefetch(codes + PREFETCH_BYTES)
-                sums = tile_add_scores(sums, codes, query, offset)
-                codes += 64
-                offset += QUERY_BYTES
-            scale = load(f32x16, block + _scales(rank, rope) + 64 * g)
-            total = tile_add_scaled(total, sums, scale, query, query_scales + 4 * g)
-        total = add_rope_scores(total, codes, query, rope_queries, rope)
-        tile_store(out + 64 * HEADS * b, total)
-        block += _block_bytes(rank, rope)
+            start, quads = GROUP // 4 * g, min(GROUP // 4, _quads(rank) - GROUP // 4 * g)
+            numbers = tile_numbers(query, first_sums + 4 * g)
+            sums = pair_of(numbers) if PAIRS else numbers
+            a, c = first + 64 * start, second + 64 * start
+            sums = _score_products(sums, a, c, query, QUERY_BYTES * start, quads)
+            scale = load(f32x16, first + places + 64 * g)
+            total = tile_add_scaled(total, first_tile(sums), scale, query, query_scales + 4 * g)
+            if PAIRS:
+                scale = load(f32x16, second + places + 64 * g)
+                other = tile_add_scaled(other, second_tile(sums), scale, query, query_scales + 4 * g)
+        keys = 64 * _quads(rank)
+        tile_store(out + 64 * HEADS * b, add_rope_scores(total, first + keys, query, rope_queries, rope))
+        if PAIRS:
+            tile_store(out + 64 * HEADS * (b + 1), add_rope_scores(other, second + keys, query, rope_queries, rope))
 
 
 @inline_kernel
@@ -339,16 +367,64 @@ def weigh_blocks(scores, n_blocks, weights, steps):
 
 
 @inline_kernel
-def values_of_blocks(codes, block_bytes, n_blocks, weights):
-    """Sums of 4 dims' codes times the weights: i32 tile of [4 tokens][4 dims]."""
-    total = tile_zero(i32x16)
+def add_values(codes, block_bytes, n_blocks, weights, ahead, context, by_quads):
+    """Add to the contexts of 4 dims, or of PAIRS of 8, their codes times the weights.
+
+    What lies `ahead` bytes further is asked for: the scores of the next chunk would wait for it.
+    """
+    total = pair_of(tile_zero(i32x16)) if PAIRS else tile_zero(i32x16)
     for b in range(n_blocks):
-        total = tile_add_values(total, codes + b * block_bytes, weights + 128 * HEADS * b, 0)
+        place = codes + b * block_bytes
+        prefetch_far(place + ahead)
+        if PAIRS:
+            prefetch_far(place + ahead + 64)
+            total = pair_add_values(total, place, weights + 128 * HEADS * b, 0)
+        else:
+            total = tile_add_values(total, place, weights + 128 * HEADS * b, 0)
     if BY_BYTES:
         total = tile_make_high(total)
         for b in range(n_blocks):
-            total = tile_add_values(total, codes + b * block_bytes, weights + 128 * HEADS * b, 1)
-    return total
+            place = codes + b * block_bytes
+            if PAIRS:
+                total = pair_add_values(total, place, weights + 128 * HEADS * b, 1)
+            else:
+                total = tile_add_values(total, place, weights + 128 * HEADS * b, 1)
+    tile_accumulate_quads(context, first_tile(total), by_quads)
+    if PAIRS:
+        tile_accumulate_quads(context + 16 * HEADS, second_tile(total), by_quads)
+
+
+@inline_kernel
+def join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head):
+    """Contexts of n partial results, f32 [rank / 4][HEADS][4], times each part's weights f32 [n][16 heads] -> out.
+
+    The sums are made in place of the first part's.
+    """
+    context = partial + CONTEXT
+    quads = _quads(rank)
+    for c in range(n):
+        store_by_quads(weights + 64 * n, load(f32x16, weights + 64 * c))
+        for place in range(0, 16 * HEADS, 64):
+            factor = load(f32x16, weights + 64 * n + place)
+            for i in range(place, 16 * HEADS * quads, 16 * HEADS):
+                value = load(f32x16, context + c * next_part + i) * factor
+                if c > 0:
+                    value = value + load(f32x16, context + i)
+                store(context + i, value)
+    for h in range(n_heads):
+        for i in range(0, rank & ~3, 4):
+            store(out + h * out_head + 4 * i, load(f32x4, context + 16 * (HEADS * (i // 4) + h)))
+        for i in range(rank & ~3, rank):
+            value = load(types.float32, context + 16 * (HEADS * (i // 4) + h) + 4 * (i % 4))
+            store(out + h * out_head + 4 * i, value)
+
+
+@overload_method(CodeFormat, "join_contexts")
+def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+        join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head)
+
+    return join_contexts
 
 
 @overload_method(CodeFormat, "attend_chunk")
@@ -358,22 +434,25 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
     def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
         block_bytes = _block_bytes(rank, rope)
         block, n_blocks = cache + first // BLOCK_TOKENS * block_bytes, (n + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-        factors, largest, sums, steps = scratch, scratch + 128, scratch + 192, scratch + 256
+        factors, largest, sums = scratch, scratch + 128, scratch + 192
+        by_quads, steps = scratch + 256, scratch + 512
         scores = steps + 64 * n_chunk_blocks
         weights = scores + 64 * HEADS * n_chunk_blocks
         _scores(block, n_blocks, query, rank, rope, scores)
         hide_behind(scores, n, n_blocks)
         softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
         new = load(f32x16, factors + 64)
+        store_by_quads(by_quads, load(f32x16, factors))
         for g in range(_groups(rank)):
             scales = block + _scales(rank, rope) + 64 * g
             for b in range(n_blocks):
                 store(steps + 64 * b, load(f32x16, scales + b * block_bytes))
                 clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
             worth = weigh_blocks(scores, n_blocks, weights, steps)
-            store(factors + 64, new * worth)
-            for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank))):
-                total = values_of_blocks(block + 64 * k, block_bytes, n_blocks, weights)
-                tile_accumulate(partial + CONTEXT + 16 * k, context_bytes(rank), total, factors)
+            store_by_quads(by_quads + 16 * HEADS, new * worth)
+            # of an odd number of quads the last has a neighbour that is none, and whose sums nobody reads
+            for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank)), 2 if PAIRS else 1):
+                place, context = block + 64 * k, partial + CONTEXT + 16 * HEADS * k
+                add_values(place, block_bytes, n_blocks, weights, block_bytes * n_chunk_blocks, context, by_quads)
 
     return attend_chunk

@@ -15,7 +15,7 @@ from numba import get_num_threads, types
 from edge_moe.errors import ShapeError
 from edge_moe.kernels.attention_codes import softmax_of_blocks
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM, context_bytes
-from edge_moe.kernels.attention_tiles import scatter, tile_accumulate
+from edge_moe.kernels.attention_tiles import tile_accumulate, tile_add_outer
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.launch import compiled_address, launch
@@ -72,10 +72,9 @@ def expanded_units(fmt, plan):
     n_tiles = (n_queries + TILE_TOKENS - 1) // TILE_TOKENS
     part_bytes = CONTEXT + TILE_TOKENS * context_bytes(value)
     n_blocks_at_most = CHUNK_TOKENS // LANES
-    memory = np.empty(256 + 64 + (4 * LANES + 4 * LANES) * TILE_TOKENS * n_blocks_at_most, np.uint8)
+    memory = np.empty(256 + 64 + 4 * LANES * TILE_TOKENS * n_blocks_at_most, np.uint8)
     scratch = (address_of(memory) + 63) & ~63
     factors, largest, sums, scores = scratch, scratch + 128, scratch + 192, scratch + 256
-    weights = scores + 4 * LANES * TILE_TOKENS * n_blocks_at_most
     while True:
         unit = fetch_add(plan, 1)
         if unit >= n_tiles * _field(plan, N_HEADS):
@@ -101,17 +100,14 @@ def expanded_units(fmt, plan):
                     place = scores + 4 * LANES * (TILE_TOKENS * (j // LANES) + t) + 4 * (j % LANES)
                     store(place, types.float32(_HIDDEN))
             softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
-            for b in range(n_blocks):
-                for t in range(TILE_TOKENS):
-                    row = load(f32x16, scores + 4 * LANES * (TILE_TOKENS * b + t))
-                    scatter(weights + 4 * TILE_TOKENS * LANES * b + 4 * t, 4 * TILE_TOKENS, row)
             values = _field(plan, VALUES) + head * _field(plan, VALUES_HEAD) + begin * value * 4
             for i in range(0, value, LANES):
                 total = tile_zero(f32x16)
                 for j in range(0, n, TILE_TOKENS):
                     rows = values + j * value * 4 + i * 4 * TILE_TOKENS
+                    weights = scores + 4 * LANES * TILE_TOKENS * (j // LANES) + 4 * (j % LANES)
                     for k in range(TILE_TOKENS):
-                        total = tile_add_product(total, load(f32x16, rows + 4 * LANES * k), weights, 4 * (j + k))
+                        total = tile_add_outer(total, load(f32x16, rows + 4 * LANES * k), weights + 4 * k)
                 tile_accumulate(partial + CONTEXT + 4 * i, context_bytes(value), total, factors)
 
 

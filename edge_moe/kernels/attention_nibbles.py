@@ -14,25 +14,27 @@ from numba.extending import models, overload_method, register_model
 from edge_moe.kernels.attention_codes import (
     BLOCK_TOKENS,
     add_rope_scores,
+    add_values,
     clear_behind,
     decode_rope_keys,
     hide_behind,
     inverse_of,
+    join_quads,
     largest_of,
     rope_pairs,
     softmax_of_blocks,
     store_query_codes,
     store_rope_key,
     store_rope_query,
-    values_of_blocks,
     weigh_blocks,
 )
-from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, context_bytes
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT
 from edge_moe.kernels.attention_tiles import (
     HEADS,
     MAX_QUERY,
+    PAIRS,
     QUERY_BYTES,
-    tile_accumulate,
+    store_by_quads,
     tile_add_scores,
     tile_numbers,
 )
@@ -45,7 +47,8 @@ from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store
 GROUP = 32  # dims that share a token's step and middle
 MAX_CODE, MAX_STEP, MAX_MIDDLE = 15, 255, 127
 _ZERO_CODE = 8
-SCRATCH_BYTES = CHUNK_TOKENS // BLOCK_TOKENS * (128 + 64) + 64  # unpacked codes, middles, sums; beside those of 8 bits
+# Unpacked codes, middles, sums, and these by quads; beside those of 8 bits.
+SCRATCH_BYTES = CHUNK_TOKENS // BLOCK_TOKENS * (128 + 64) + 64 + 16 * HEADS
 
 u8x16, u8x64 = Vector(types.uint8, 16), Vector(types.uint8, 64)
 
@@ -238,16 +241,26 @@ def _scores(block, n_blocks, query, rank, rope, out, pair):
 
 
 @inline_kernel
-def _add_middles(scores, n_blocks, middles, context, rank, first, factors):
-    """Add to a group's dims of the contexts what the tokens' middles make, weighted."""
+def _add_middles(scores, n_blocks, middles, context, rank, first, new, sums):
+    """Add to a group's dims of the contexts what the tokens' middles make, weighted and times `new` f32x16."""
     for h in range(HEADS):
         total = splat(f32x16, types.float32(0.0))
         for b in range(n_blocks):
             total = fma(load(f32x16, scores + 64 * (HEADS * b + h)), load(f32x16, middles + 64 * b), total)
-        added = splat(f32x16, reduce_add(total) * load(types.float32, factors + 64 + 4 * h))
-        for i in range(first, min(first + GROUP, rank), 16):
-            place = context + h * context_bytes(rank) + 4 * i
-            store(place, load(f32x16, place) + added)
+        store(sums + 4 * h, reduce_add(total))
+    store_by_quads(sums + 64, load(f32x16, sums) * new)
+    for i in range(first // 4, (min(first + GROUP, rank) + 3) // 4):
+        for part in range(0, 16 * HEADS, 64):
+            place = context + 16 * HEADS * i + part
+            store(place, load(f32x16, place) + load(f32x16, sums + 64 + part))
+
+
+@overload_method(NibbleFormat, "join_contexts")
+def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+        join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head)
+
+    return join_contexts
 
 
 @overload_method(NibbleFormat, "attend_chunk")
@@ -257,15 +270,18 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
     def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
         block_bytes = _block_bytes(rank, rope)
         block, n_blocks = cache + first // BLOCK_TOKENS * block_bytes, (n + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-        factors, largest, sums, steps = scratch, scratch + 128, scratch + 192, scratch + 256
+        factors, largest, sums = scratch, scratch + 128, scratch + 192
+        by_quads, steps = scratch + 256, scratch + 512
         scores = steps + 64 * n_chunk_blocks
         weights = scores + 64 * HEADS * n_chunk_blocks
         pairs = weights + 128 * HEADS * n_chunk_blocks
         middles = pairs + 128 * n_chunk_blocks
+        sums_of_middles = middles + 64 * n_chunk_blocks
         _scores(block, n_blocks, query, rank, rope, scores, pairs)
         hide_behind(scores, n, n_blocks)
         softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
         new = load(f32x16, factors + 64)
+        store_by_quads(by_quads, load(f32x16, factors))
         for g in range(_groups(rank)):
             for b in range(n_blocks):
                 scales = block + b * block_bytes + _scales(rank, rope)
@@ -274,15 +290,13 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
                 clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
                 clear_behind(middles + 64 * b, n - BLOCK_TOKENS * b)
             worth = weigh_blocks(scores, n_blocks, weights, steps)
-            store(factors + 64, new * worth)
+            store_by_quads(by_quads + 16 * HEADS, new * worth)
             for octet in range(GROUP // 8 * g, min(GROUP // 8 * (g + 1), _octets(rank))):
                 for b in range(n_blocks):
                     _unpack(block + b * block_bytes + 64 * octet, pairs + 128 * b)
-                for half in range(2):
-                    total = values_of_blocks(pairs + 64 * half, 128, n_blocks, weights)
-                    place = partial + CONTEXT + 16 * (2 * octet + half)
-                    tile_accumulate(place, context_bytes(rank), total, factors)
-            store(factors + 64, new)
-            _add_middles(scores, n_blocks, middles, partial + CONTEXT, rank, GROUP * g, factors)
+                for half in range(0, 2, 2 if PAIRS else 1):
+                    context = partial + CONTEXT + 16 * HEADS * (2 * octet + half)
+                    add_values(pairs + 64 * half, 128, n_blocks, weights, 0, context, by_quads)
+            _add_middles(scores, n_blocks, middles, partial + CONTEXT, rank, GROUP * g, new, sums_of_middles)
 
     return attend_chunk

@@ -132,6 +132,28 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
     return query_tile
 
 
+@overload_method(FloatFormat, "join_contexts")
+def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
+        """Contexts of n partial results, f32 [HEADS][rank up to 16s], times each part's weights f32 [n][16] -> out.
+
+        The sums are made in place of the first part's.
+        """
+        for h in range(n_heads):
+            context = partial + CONTEXT + h * context_bytes(rank)
+            for c in range(n):
+                factor = splat(f32x16, load(types.float32, weights + 64 * c + 4 * h))
+                for i in range(0, 4 * rank, 64):
+                    value = load(f32x16, context + c * next_part + i) * factor
+                    if c > 0:
+                        value = value + load(f32x16, context + i)
+                    store(context + i, value)
+            for i in range(0, 4 * rank, 4):
+                store(out + h * out_head + i, load(types.float32, context + i))
+
+    return join_contexts
+
+
 @overload_method(FloatFormat, "attend_chunk")
 def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
     size = fmt.block_bytes

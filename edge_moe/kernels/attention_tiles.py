@@ -37,6 +37,7 @@ QUERY_BYTES, MAX_QUERY = (4, 127) if BY_BYTES else (8, 32767)
 # byte would lose what is spread thin over many tokens beside one that draws most of the attention, as the first does.
 LOW_BITS = 7 if TARGET.dot == "sdot" else 8
 MAX_PROBABILITY = (1 << 2 * LOW_BITS) - 1 if BY_BYTES else 32767
+PAIRS = BY_BYTES and TARGET.registers * TARGET.register_bytes >= 2048  # there are registers for two tiles of sums
 
 CODES = SimpleNamespace(signed=True, max_code=-1)
 u32x16, u16x16 = Vector(types.uint32, 16), Vector(types.uint16, 16)
@@ -98,6 +99,21 @@ def tile_add_rows(typingctx: Any, total: Any, factor: Any, address: Any) -> Any:
 
 
 @intrinsic
+def tile_add_outer(typingctx: Any, total: Any, factor: Any, address: Any) -> Any:
+    """total f32 tile + factor f32x16 times a float of each row of the tile, 64 bytes from one to the next."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, factor, address = args
+        sums = []
+        for h, acc in enumerate(unpack_tile(builder, total)):
+            number = spread(builder, load_at(builder, address, ir.FloatType(), 64 * h), 16)
+            sums.append(call(builder, f"llvm.fmuladd.{suffix(acc.type)}", acc.type, [factor, number, acc]))
+        return pack_tile(builder, sums)
+
+    return total(total, f32x16, types.int64), codegen
+
+
+@intrinsic
 def tile_store_sums(typingctx: Any, address: Any, tile: Any) -> Any:
     """Write the sum of each head's 16 lanes, [HEADS] floats; always added in the same order."""
 
@@ -127,30 +143,28 @@ def tile_store_sums(typingctx: Any, address: Any, tile: Any) -> Any:
 
 @intrinsic
 def tile_accumulate(typingctx: Any, address: Any, step: Any, tile: Any, factors: Any) -> Any:
-    """Each head's floats at an address, `step` bytes behind the last's: times old, plus the tile times new.
+    """Each head's 16 floats at an address, `step` bytes behind the last's: times old, plus the tile times new.
 
-    factors f32 [old, new][16 heads]. An i32 tile of `tile_add_values` gives 4 floats for each head, any other 16.
+    factors f32 [old, new][16 heads].
     """
-    whole_numbers = isinstance(tile.dtype.element, types.Integer)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address, step, tile, factors = args
         for h, value in enumerate(unpack_tile(builder, tile)):
-            if whole_numbers:
-                value = builder.add(rearrange(builder, value, range(8)), rearrange(builder, value, range(8, 16)))
-                value = builder.add(rearrange(builder, value, range(4)), rearrange(builder, value, range(4, 8)))
-                value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 4))
-            lanes = value.type.count
             old, new = (
-                spread(builder, load_at(builder, factors, ir.FloatType(), 64 * i + 4 * h), lanes) for i in range(2)
+                spread(builder, load_at(builder, factors, ir.FloatType(), 64 * i + 4 * h), 16) for i in range(2)
             )
-            before = builder.fmul(load_at(builder, address, value.type), old)
-            sums = call(builder, f"llvm.fmuladd.{suffix(value.type)}", value.type, [value, new, before])
-            store_at(builder, address, sums)
+            _accumulate(builder, address, value, old, new)
             address = builder.add(address, step)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, tile, types.int64), codegen
+
+
+def _accumulate(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, old: ir.Value, new: ir.Value) -> None:
+    """Memory times old, plus value times new."""
+    before = builder.fmul(load_at(builder, address, value.type), old)
+    store_at(builder, address, call(builder, f"llvm.fmuladd.{suffix(value.type)}", value.type, [value, new, before]))
 
 
 # ---- latents in 8 bits, blocks of [dims / 4][16 tokens][4]
@@ -198,9 +212,7 @@ def tile_add_scores(typingctx: Any, total: Any, codes: Any, x: Any, offset: Any)
         quads = numbers_at(builder, x, offset, 0, I32)
         if BY_BYTES:
             for acc, quad in zip(unpack_tile(builder, total), quads, strict=True):
-                group = GroupDot(builder, CODES, acc, None)
-                group.add(w, builder.bitcast(quad, w.type))
-                sums.append(group.result())
+                sums.append(_add(builder, acc, w, builder.bitcast(quad, w.type)))
             return pack_tile(builder, sums)
         even, odd = _as_pairs(builder, w)
         others = numbers_at(builder, x, offset, 1, I32)
@@ -212,6 +224,13 @@ def tile_add_scores(typingctx: Any, total: Any, codes: Any, x: Any, offset: Any)
     return total(total, types.int64, types.int64, types.int64), codegen
 
 
+def _values_by_dims(builder: ir.IRBuilder, codes: ir.Value, offset: int = 0) -> ir.Value:
+    """64 bytes of codes with a sign at an address, within each 16: 4 tokens of 4 dims -> 4 dims of 4 tokens."""
+    w = load_at(builder, codes, ir.VectorType(BYTE, 64), offset)
+    w = rearrange(builder, w, [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(64)])
+    return builder.xor(w, ir.Constant(w.type, [SIGN_BIAS] * 64)) if SIGN_BIAS else w
+
+
 @intrinsic
 def tile_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, part: Any) -> Any:
     """total i32 tile + 16 tokens' codes times their probabilities, by `store_probabilities`: lanes [4 tokens][4 dims].
@@ -221,18 +240,11 @@ def tile_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, 
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, codes, probabilities, part = args
-        w = load_at(builder, codes, ir.VectorType(BYTE, 64))
-        # within 16 bytes: 4 tokens of 4 dims -> 4 dims of 4 tokens
-        w = rearrange(builder, w, [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(64)])
-        sums = []
+        w, sums = _values_by_dims(builder, codes), []
         if BY_BYTES:
-            if SIGN_BIAS:
-                w = builder.xor(w, ir.Constant(w.type, [SIGN_BIAS] * 64))
             start = builder.add(probabilities, builder.mul(part, ir.Constant(part.type, 64 * HEADS)))
             for h, acc in enumerate(unpack_tile(builder, total)):
-                group = GroupDot(builder, CODES, acc, None)
-                group.add(load_at(builder, start, w.type, 64 * h), w)
-                sums.append(group.result())
+                sums.append(_add(builder, acc, load_at(builder, start, w.type, 64 * h), w))
             return pack_tile(builder, sums)
         even, odd = _as_pairs(builder, w)
         for h, acc in enumerate(unpack_tile(builder, total)):
@@ -243,6 +255,122 @@ def tile_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, 
         return pack_tile(builder, sums)
 
     return total(total, types.int64, types.int64, types.int64), codegen
+
+
+# ---- two tiles at once, where there are registers for them: what is read for one serves the other
+
+
+@intrinsic
+def pair_of(typingctx: Any, tile: Any) -> Any:
+    """A tile twice."""
+    pair = types.UniTuple(tile.dtype, 2 * HEADS)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack_tile(builder, 2 * unpack_tile(builder, args[0]))
+
+    return pair(tile), codegen
+
+
+def _tile_of_pair(start: int) -> Any:
+    @intrinsic
+    def one(typingctx: Any, pair: Any) -> Any:
+        tile = types.UniTuple(pair.dtype, HEADS)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return pack_tile(builder, [builder.extract_value(args[0], start + h) for h in range(HEADS)])
+
+        return tile(pair), codegen
+
+    return one
+
+
+first_tile, second_tile = _tile_of_pair(0), _tile_of_pair(HEADS)
+
+
+@intrinsic
+def pair_add_scores(typingctx: Any, total: Any, first: Any, second: Any, x: Any, offset: Any) -> Any:
+    """`tile_add_scores` of two blocks of tokens."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, *codes, x, offset = args
+        sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
+        registers = [load_at(builder, address, ir.VectorType(BYTE, 64)) for address in codes]
+        for h, quad in enumerate(numbers_at(builder, x, offset, 0, I32)):
+            for i, w in zip((h, HEADS + h), registers, strict=True):
+                sums[i] = _add(builder, sums[i], w, builder.bitcast(quad, w.type))
+        return pack_tile(builder, sums)
+
+    return total(total, *[types.int64] * 4), codegen
+
+
+@intrinsic
+def pair_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, part: Any) -> Any:
+    """`tile_add_values` of 4 dims and of the 4 behind them."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, codes, probabilities, part = args
+        sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
+        registers = [_values_by_dims(builder, codes, offset) for offset in (0, 64)]
+        start = builder.add(probabilities, builder.mul(part, ir.Constant(part.type, 64 * HEADS)))
+        for h in range(HEADS):
+            weights = load_at(builder, start, registers[0].type, 64 * h)
+            for i, w in zip((h, HEADS + h), registers, strict=True):
+                sums[i] = _add(builder, sums[i], weights, w)
+        return pack_tile(builder, sums)
+
+    return total(total, *[types.int64] * 3), codegen
+
+
+def _add(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """total + sums of four products."""
+    group = GroupDot(builder, CODES, total, None)
+    group.add(codes, x)
+    return group.result()
+
+
+def _transposed_sums(builder: ir.IRBuilder, four: Sequence[ir.Value]) -> ir.Value:
+    """Of each of four vectors [4][4 lanes] the sum of its quarters, side by side."""
+
+    def quarters(indices: Sequence[int]) -> list[int]:
+        return [4 * q + i for q in indices for i in range(4)]
+
+    def add(a: ir.Value, b: ir.Value, first: Sequence[int], second: Sequence[int]) -> ir.Value:
+        return builder.add(rearrange(builder, a, quarters(first), b), rearrange(builder, a, quarters(second), b))
+
+    a, b = (add(u, v, (0, 1, 4, 5), (2, 3, 6, 7)) for u, v in (four[:2], four[2:]))
+    return add(a, b, (0, 2, 4, 6), (1, 3, 5, 7))
+
+
+@intrinsic
+def tile_accumulate_quads(typingctx: Any, address: Any, tile: Any, factors: Any) -> Any:
+    """Contexts f32 [HEADS][4 dims] at an address: times old, plus the sums of a tile of `tile_add_values` times new.
+
+    factors f32 [old, new][HEADS][4], by `store_by_quads`.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, tile, factors = args
+        sums = unpack_tile(builder, tile)
+        for h in range(0, HEADS, 4):
+            value = _transposed_sums(builder, sums[h : h + 4])
+            value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 16))
+            old, new = (load_at(builder, factors, value.type, 16 * (h + i * HEADS)) for i in range(2))
+            _accumulate(builder, builder.add(address, ir.Constant(address.type, 16 * h)), value, old, new)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, tile, types.int64), codegen
+
+
+@intrinsic
+def store_by_quads(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write the first HEADS lanes of f32x16, each four times: [HEADS][4]."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for h in range(0, HEADS, 4):
+            store_at(builder, args[0], rearrange(builder, args[1], [h + i // 4 for i in range(16)]), 16 * h)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), codegen
 
 
 @intrinsic
@@ -282,6 +410,7 @@ def tile_make_high(typingctx: Any, total: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = ir.Constant(llvm_type(i32x16), [LOW_BITS] * 16)
-        return pack_tile(builder, [builder.shl(acc, bits) for acc in unpack_tile(builder, args[0])])
+        sums = [builder.extract_value(args[0], i) for i in range(total.count)]
+        return pack_tile(builder, [builder.shl(acc, bits) for acc in sums])
 
     return total(total), codegen

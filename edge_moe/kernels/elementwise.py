@@ -53,8 +53,10 @@ def rope_row(x, cos, sin, out):
     """Rotate adjacent pairs of one row. x and out f32[P], cos and sin f32[P/2]."""
     for i in range(cos.shape[0]):
         even, odd = x[2 * i], x[2 * i + 1]
-        out[2 * i] = even * cos[i] - odd * sin[i]
-        out[2 * i + 1] = even * sin[i] + odd * cos[i]
+        # Which product is fused into the sum is said here: LLVM chooses one in a kernel that was just compiled and
+        # another in the same one from the cache.
+        out[2 * i] = fma(even, cos[i], -(odd * sin[i]))
+        out[2 * i + 1] = fma(even, sin[i], odd * cos[i])
 
 
 @kernel

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.blocks import FormatTag
-from edge_moe.kernels.jit import kernel, parallel_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
 
 WORTH_A_THREAD = 500_000  # operations; about 50 microseconds
 
@@ -32,6 +32,21 @@ def call(typingctx: Any, function: Any, plan: Any) -> Any:
         return result
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@inline_kernel
+def first_of_unit(unit, n_items, shares, least):
+    """Where a unit of items that lie one behind the other begins: for few long runs and yet an even end.
+
+    There is one unit for each of `shares` threads, of half the items in all, then one for each of half of what is left,
+    and so on until units have `least` items.
+    """
+    first, size = 0, n_items // (2 * shares)
+    while unit >= shares and size > least:
+        first += shares * size
+        unit -= shares
+        size //= 2
+    return first + unit * max(size, least)
 
 
 @parallel_kernel

@@ -8,6 +8,7 @@ from numba import types
 
 from edge_moe.kernels import panels, rows  # noqa: F401 (their methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
+from edge_moe.kernels.launch import first_of_unit
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 
@@ -20,9 +21,8 @@ COUNTER, N_GROUPS, N_COLS, ROW_BYTES, SHARES, TOKENS, TILES, TILE_BYTES = range(
 GROUPS, GROUP_FIELDS = 8, 7
 ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE = range(GROUP_FIELDS)
 
-# Without panels the memory is the limit, and long runs of it are read faster: there is one unit for each of SHARES
-# threads, of half the rows in all, then one for each of half of what is left, down to such as are just worth fetching.
-# SHARES is 0 where panels are wanted: these units are 16 rows.
+# Without panels the memory is the limit, and long runs of it are read faster: units are those of `first_of_unit`, down
+# to such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
 LEAST_UNIT_BYTES = 16384
 
 
@@ -30,17 +30,6 @@ LEAST_UNIT_BYTES = 16384
 def field(plan, i):
     """A number of a plan or of one of its groups."""
     return load(types.int64, plan + 8 * i)
-
-
-@inline_kernel
-def _first_row(unit, n_rows, shares, least):
-    """Where a unit of rows begins, `least` rows being the shortest."""
-    row, size = 0, n_rows // (2 * shares)
-    while unit >= shares and size > least:
-        row += shares * size
-        unit -= shares
-        size //= 2
-    return row + unit * max(size, least)
 
 
 @spliced_kernel
@@ -87,7 +76,7 @@ def product_units(fmt, plan):
         unit = fetch_add(plan, 1)
         row, stop = TILE_ROWS * unit, TILE_ROWS * (unit + 1)
         if shares:
-            row, stop = _first_row(unit, n_rows, shares, least), _first_row(unit + 1, n_rows, shares, least)
+            row, stop = first_of_unit(unit, n_rows, shares, least), first_of_unit(unit + 1, n_rows, shares, least)
         if row >= n_rows:
             return memory.size  # the memory must live until here
         stop = min(stop, n_rows)

@@ -123,17 +123,24 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, value), codegen
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for a cache line that will be read soon; any address will do, it never faults."""
+def _prefetcher(locality: int) -> Any:
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        """Ask for a cache line that will be read; any address will do, it never faults."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        hints = [ir.Constant(INT32, v) for v in (0, 3, 1)]  # read, keep in all levels, data
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
-        return context.get_dummy_value()
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+# What will be read soon, into all levels of the cache; what will be read later, past the first level.
+prefetch, prefetch_far = _prefetcher(3), _prefetcher(2)
 
 
 @intrinsic

@@ -33,14 +33,20 @@ def load_pass(checkpoint: Checkpoint, backend: Backend) -> Any:
     raise UnsupportedError(f"{checkpoint.path}: there is no pass for architecture {checkpoint.config.architecture}")
 
 
-def cache_bytes_by_kind(config: ModelConfig, context_length: int) -> dict[str, int]:
-    """Bytes of a cache for `context_length` tokens, for each kind of cache that the model can have."""
+def cache_bytes(config: ModelConfig, context_length: int, kind: str) -> int:
+    """Bytes of a cache for `context_length` tokens. Raises OptionError for a kind that the model cannot have."""
     match config:
         case DeepseekV2Config():
-            return {kind: latent_cache_bytes(config, context_length, kind) for kind in KV_KINDS}
+            return latent_cache_bytes(config, context_length, kind)
         case LlamaConfig():
-            return {kind: kv_cache_bytes(config, context_length, kind) for kind in KINDS}
+            return kv_cache_bytes(config, context_length, kind)
     raise UnsupportedError(f"there is no cache for architecture {config.architecture}")
+
+
+def cache_bytes_by_kind(config: ModelConfig, context_length: int) -> dict[str, int]:
+    """The same for each kind of cache that the model can have."""
+    kinds = KINDS if isinstance(config, LlamaConfig) else KV_KINDS
+    return {kind: cache_bytes(config, context_length, kind) for kind in kinds}
 
 
 def scratch_bytes(config: ModelConfig, n_tokens: int) -> int:

@@ -13,7 +13,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, DeepseekV2Config
 from edge_moe.errors import UnsupportedError
 from edge_moe.models import rope
-from edge_moe.models.feed_forward import MLP, activation_bytes, load_mlp
+from edge_moe.models.feed_forward import MLP, MoE, activation_bytes, feed_forward, load_mlp
 from edge_moe.models.inputs import check_tokens
 from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
@@ -39,16 +39,6 @@ class Attention:
     k_b_is_transposed: bool  # the latter
     v_b_proj: Weight  # [H, V, R]
     o_proj: Weight  # [D, HV]
-
-
-@dataclass(frozen=True, slots=True)
-class MoE:
-    """Weights of one mixture: router, routed experts, and experts that every token shares."""
-
-    gate: Weight  # [E, D]
-    e_score_correction_bias: np.ndarray  # f32[E], zero where the model has none
-    experts: MLP
-    shared_experts: MLP | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +170,7 @@ class DeepseekV2:
         """
         c, everything = self.config, range(len(self.weights.layers))
         layers = layers or everything
-        factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
-        cos, sin = ops.rotations(cache, len(source), self._inv_freq, factor)
+        cos, sin = self.rotations(ops, cache, len(source))
         h = source if layers.start else ops.embed(self.weights.embed_tokens, source)
         for index in layers:
             layer = self.weights.layers[index]
@@ -195,6 +184,11 @@ class DeepseekV2:
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
+
+    def rotations(self, ops: Operations, cache: TokenCache, n_tokens: int) -> tuple[Array, Array]:
+        """cos and sin of the next positions, f32[T,P/2] each."""
+        scaling = self.config.rope_scaling
+        return ops.rotations(cache, n_tokens, self._inv_freq, scaling.attention_factor if scaling else 1.0)
 
     def attention(
         self,
@@ -234,22 +228,8 @@ class DeepseekV2:
     def feed_forward(
         self, ops: Operations, w: MLP | MoE, x: Array, h: Array | None = None, following: Layer | None = None
     ) -> Array:
-        """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2.
-
-        Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
-        """
-        if isinstance(w, MLP):
-            return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
-        ids, gates = self.route(ops, w, x)
-        experts = w.experts
-        ops.request(ids, experts.down_proj)
-        if w.shared_experts is not None:  # while the others arrive
-            shared = ops.gated_mlp(x, w.shared_experts.gate_proj, w.shared_experts.up_proj, w.shared_experts.down_proj)
-        if ops.looks_ahead and h is not None and following is not None and isinstance(following.mlp, MoE):
-            next_x = ops.norm(h, following.post_attention_layernorm, self.config.rms_norm_eps)
-            ops.prefetch(self.route(ops, following.mlp, next_x)[0], following.mlp.experts.down_proj)
-        out = ops.experts(x, ids, gates, experts.gate_proj, experts.up_proj, experts.down_proj)
-        return out if w.shared_experts is None else ops.add(out, shared)
+        """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
+        return feed_forward(ops, self.route, self.config.rms_norm_eps, w, x, h, following)
 
     def route(self, ops: Operations, w: MoE, x: Array) -> tuple[Array, Array]:
         """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""

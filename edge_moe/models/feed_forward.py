@@ -1,7 +1,12 @@
-"""The gated MLP, dense or a stack of experts, as the architectures share it."""
+"""The feed-forward part of a layer as the architectures share it: a gated MLP, or a mixture of such experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+
+from edge_moe.backends.protocol import Array, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import ModelConfig
 from edge_moe.weights import Weight
@@ -17,6 +22,57 @@ class MLP:
     gate_proj: Weight
     up_proj: Weight
     down_proj: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Weights of one mixture: router, routed experts, and experts that every token shares."""
+
+    gate: Weight  # [E, D]
+    e_score_correction_bias: np.ndarray  # f32[E], zero where the model has none
+    experts: MLP
+    shared_experts: MLP | None = None
+
+
+class Layer(Protocol):
+    """What is asked of the following layer."""
+
+    @property
+    def post_attention_layernorm(self) -> np.ndarray: ...
+
+    @property
+    def mlp(self) -> MLP | MoE: ...
+
+
+Route = Callable[[Operations, MoE, Array], tuple[Array, Array]]  # x f32[T,D] -> ids i64[T,K], f32[T,K]
+
+
+def feed_forward(
+    ops: Operations,
+    route: Route,
+    eps: float,
+    w: MLP | MoE,
+    x: Array,
+    h: Array | None = None,
+    following: Layer | None = None,
+) -> Array:
+    """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D].
+
+    Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2; without shared experts Mixtral, arXiv 2401.04088, section 2.1.
+    """
+    if isinstance(w, MLP):
+        return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
+    ids, gates = route(ops, w, x)
+    experts = w.experts
+    ops.request(ids, experts.down_proj)
+    if w.shared_experts is not None:  # while the others arrive
+        shared = ops.gated_mlp(x, w.shared_experts.gate_proj, w.shared_experts.up_proj, w.shared_experts.down_proj)
+    if ops.looks_ahead and h is not None and following is not None and isinstance(following.mlp, MoE):
+        next_x = ops.norm(h, following.post_attention_layernorm, eps)
+        ops.prefetch(route(ops, following.mlp, next_x)[0], following.mlp.experts.down_proj)
+    out = ops.experts(x, ids, gates, experts.gate_proj, experts.up_proj, experts.down_proj)
+    return out if w.shared_experts is None else ops.add(out, shared)
 
 
 def load_mlp(checkpoint: Checkpoint, name: str, stack: tuple[int, ...], width: int) -> MLP:

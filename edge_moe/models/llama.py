@@ -15,7 +15,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import UnsupportedError
 from edge_moe.models import rope
-from edge_moe.models.feed_forward import MLP, activation_bytes, load_mlp
+from edge_moe.models.feed_forward import MLP, MoE, activation_bytes, feed_forward, load_mlp
 from edge_moe.models.inputs import check_tokens
 from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
@@ -29,14 +29,6 @@ class Attention:
     k_proj: Weight  # [KN, D]
     v_proj: Weight  # [KN, D]
     o_proj: Weight  # [D, HN]
-
-
-@dataclass(frozen=True, slots=True)
-class MoE:
-    """Weights of one mixture: router and experts."""
-
-    gate: Weight  # [E, D]
-    experts: MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +80,7 @@ def _load_layer(checkpoint: Checkpoint, c: LlamaConfig, index: int) -> Layer:
     if c.n_routed_experts:
         mlp = MoE(
             gate=checkpoint.weight(f"{name}.mlp.gate", c.n_routed_experts, c.hidden_size),
+            e_score_correction_bias=np.zeros(c.n_routed_experts, np.float32),
             experts=load_mlp(checkpoint, f"{name}.mlp.experts", (c.n_routed_experts,), c.intermediate_size),
         )
     else:
@@ -115,7 +108,6 @@ class Llama:
         self._inv_freq = rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         if weights.rope_freqs is not None:
             self._inv_freq = self._inv_freq / weights.rope_freqs
-        self._no_bias = np.zeros(config.n_routed_experts, np.float32)
 
     def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> TokenCache:
         """An empty cache of keys and values. Raises OptionError."""
@@ -144,20 +136,25 @@ class Llama:
         """
         c, everything = self.config, range(len(self.weights.layers))
         layers = layers or everything
-        factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
-        cos, sin = ops.rotations(cache, len(source), self._inv_freq, factor)
+        cos, sin = self.rotations(ops, cache, len(source))
         h = source if layers.start else ops.embed(self.weights.embed_tokens, source)
         for index in layers:
             layer = self.weights.layers[index]
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
             h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index - layers.start))
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self.feed_forward(ops, layer.mlp, x))
+            following = self.weights.layers[index + 1 : min(index + 2, layers.stop)]
+            h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
         if layers.stop < everything.stop:
             return h
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
+
+    def rotations(self, ops: Operations, cache: TokenCache, n_tokens: int) -> tuple[Array, Array]:
+        """cos and sin of the next positions, f32[T,N/2] each."""
+        scaling = self.config.rope_scaling
+        return ops.rotations(cache, n_tokens, self._inv_freq, scaling.attention_factor if scaling else 1.0)
 
     def attention(
         self,
@@ -178,13 +175,17 @@ class Llama:
         values = ops.grouped_attention(q, k, v, cache, layer, 1 / math.sqrt(c.head_dim))
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
-    def feed_forward(self, ops: Operations, w: MLP | MoE, x: Array) -> Array:
-        """A dense MLP, or the experts of a softmax over the chosen ones. x f32[T,D] -> f32[T,D]."""
-        if isinstance(w, MLP):
-            return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
-        ids, gates = ops.route(
+    def feed_forward(
+        self, ops: Operations, w: MLP | MoE, x: Array, h: Array | None = None, following: Layer | None = None
+    ) -> Array:
+        """A dense MLP, or routed experts. x f32[T,D] -> f32[T,D]."""
+        return feed_forward(ops, self.route, self.config.rms_norm_eps, w, x, h, following)
+
+    def route(self, ops: Operations, w: MoE, x: Array) -> tuple[Array, Array]:
+        """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""
+        return ops.route(
             ops.linear(x, w.gate)[0],
-            ops.favour(self._no_bias, w.experts.down_proj),
+            ops.favour(w.e_score_correction_bias, w.experts.down_proj),
             sigmoid=False,
             n_group=1,
             topk_group=1,
@@ -193,8 +194,6 @@ class Llama:
             norm=True,  # a softmax over all, brought to a sum of 1 for the chosen, is a softmax over these
             scale=1.0,
         )
-        ops.request(ids, w.experts.down_proj)
-        return ops.experts(x, ids, gates, w.experts.gate_proj, w.experts.up_proj, w.experts.down_proj)
 
 
 def scratch_bytes(config: LlamaConfig, n_tokens: int) -> int:

@@ -5,7 +5,6 @@ Source: the GGUF specification (ggml, docs/gguf.md), version 3, little-endian.
 
 import contextlib
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edge_moe.errors import FormatError, OptionError, ShapeError
+from edge_moe.files import replacing, sync_folder
 from edge_moe.formats import BlockFormat
 
 ALIGNMENT = 32
@@ -71,7 +71,7 @@ def write_gguf(
     with contextlib.ExitStack() as stack:
         if resume_key is None:
             _check_space(path, total_bytes)
-            file, kept_bytes = stack.enter_context(_replacing(path, total_bytes)), 0
+            file, kept_bytes = stack.enter_context(replacing(path, total_bytes)), 0
         else:
             whole = [len(header), *ends]
             file, kept_bytes = stack.enter_context(_continuing(path, resume_key, whole))
@@ -181,31 +181,6 @@ def _check_space(path: Path, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends well, and of which nothing stays otherwise."""
-    fresh = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
-    try:
-        if path.is_dir():
-            raise OptionError(f"{path}: is a folder, expected the name of a new file")
-        try:
-            with fresh.open("xb", buffering=1 << 20) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OptionError(
-            f"{path}: cannot be written: {error.strerror or error}; "
-            f"its {n_bytes} bytes need a folder with room for them"
-        ) from None
-    _sync_folder(path)
-
-
-@contextlib.contextmanager
 def _continuing(path: Path, key: str, whole_bytes: Sequence[int]) -> Iterator[tuple[BinaryIO, int]]:
     """A file `.NAME.part` that stays when the block is cut short, and the bytes in it that need not be written again.
 
@@ -246,7 +221,7 @@ def _continuing(path: Path, key: str, whole_bytes: Sequence[int]) -> Iterator[tu
             f"{path}: cannot be written: {error.strerror or error}; its {whole_bytes[-1]} bytes need a folder with "
             f"room for them; what is done stays in {fresh.name}, and the same command goes on from there"
         ) from None
-    _sync_folder(path)
+    sync_folder(path.absolute().parent)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -259,12 +234,3 @@ def _lock(file: BinaryIO, path: Path) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise OptionError(f"{path}: another run is writing it; wait for that one, or choose another name") from None
-
-
-def _sync_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):  # so that the new name, too, survives a power cut; not on Windows
-        folder = os.open(path.absolute().parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

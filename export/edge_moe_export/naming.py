@@ -1,72 +1,25 @@
-"""What a GGUF file says about its model in general: name, size, licence, and the sampling that its makers recommend.
+"""A model's name taken apart by the GGUF naming convention, base-size-finetune-version, and the label of its size.
 
-Names are taken apart by the GGUF naming convention, base-size-finetune-version, as llama.cpp's converter does.
+As llama.cpp's converter does it.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from edge_moe.safetensors import read_json
-
-_SAMPLING = {
-    "top_k": ("top_k", int),
-    "top_p": ("top_p", float),
-    "min_p": ("min_p", float),
-    "temperature": ("temp", float),
-    "repetition_penalty": ("penalty_repeat", float),
-}
 _VERSION = re.compile(r"(v|iter)?\d+(\.\d+)*", re.IGNORECASE)
 _TYPE = re.compile(r"i?q\d(_\w)*|b?fp?(16|32)", re.IGNORECASE)
 _SIZE = re.compile(r"((a|\d+x)?\d+([._]\d+)?[kmbt]\d?|small|mini|medium|large|x?xl)", re.IGNORECASE)
 _FINETUNE = re.compile(r"chat|instruct|vision|lora", re.IGNORECASE)
 
-_PARTS = ("name", "author", "version", "organization", "finetune", "basename", "description", "size_label")
 
-
-def describe_model(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `general.` keys that follow from the folder's name, its README, generation_config.json and the tensors."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    keys: dict[str, Any] = {}
-    for theirs, (ours, kind) in _SAMPLING.items():
-        value = generation.get(theirs)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            keys[f"general.sampling.{ours}"] = np.int32(value) if kind is int else float(value)
-    n_weights = sum(math.prod(shape) for shape in shapes.values())
-    card = _front_matter(folder / "README.md")
-    source = config.get("_name_or_path")
-    names = [source] if isinstance(source, str) and source and source.count("/") <= 1 else []
-    parts = {
-        part: value for part in _PARTS for key in (f"model_{part}", part) if isinstance(value := card.get(key), str)
-    }
-    for name in [*names, folder.resolve().name]:
-        parts = _parts_of_name(name, n_weights) | parts  # what is known already counts
-    parts.setdefault("name", folder.resolve().name)
-    parts.setdefault("size_label", _size_label(shapes))
-    for part in _PARTS:
-        if part in parts:
-            keys[f"general.{part}"] = parts[part]
-    for theirs, of_licence in (("license", ""), ("license_name", ".name"), ("license_link", ".link")):
-        if isinstance(value := card.get(theirs), str):
-            keys[f"general.license{of_licence}"] = value
-    for in_file, in_card in (("tags", ("tags", "pipeline_tag")), ("languages", ("languages", "language"))):
-        found = [card.get(key, []) for key in in_card]
-        words = [word for value in found for word in ([value] if isinstance(value, str) else value)]
-        if words:
-            keys[f"general.{in_file}"] = words
-    return keys
-
-
-def _parts_of_name(model_id: str, n_weights: int) -> dict[str, str]:
+def parts_of_name(model_id: str, n_weights: int) -> dict[str, str]:
     """deepseek-ai/DeepSeek-V2-Lite-Chat -> name, organization, basename, finetune; parts that it lacks are left out."""
     if " " in model_id:
         return {"name": model_id}
-    organization, _, full_name = model_id.rpartition("/")
+    organization, slash, full_name = model_id.partition("/")
+    if not slash:
+        organization, full_name = "", model_id
     words: list[str] = []
     kinds: list[str | None] = []
     for i, word in enumerate(filter(None, full_name.split("-"))):
@@ -127,7 +80,7 @@ def _title(name: str) -> str:
     )
 
 
-def _size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Weights of a model with one expert per layer, after the number of experts: 64x1.6B."""
     n_weights, counts = 0, []
     for name, shape in shapes.items():
@@ -141,25 +94,3 @@ def _size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
     n_digits = len(str(round(value)).lstrip("0"))
     label = f"{value:.{max(2 - n_digits, 0)}f}{unit}"
     return f"{sum(counts) // len(counts)}x{label}" if counts else label
-
-
-def _front_matter(path: Path) -> dict[str, str | list[str]]:
-    """The words and lists of words between the `---` lines that a model card begins with; no deeper YAML."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return {}
-    if lines[:1] != ["---"] or "---" not in lines[1:]:
-        return {}
-    card: dict[str, str | list[str]] = {}
-    key = ""
-    for line in lines[1 : lines.index("---", 1)]:
-        item = re.fullmatch(r"\s*- ([^:{\[]+|\S+://\S+)", line)
-        pair = re.fullmatch(r"([A-Za-z_]+):\s*(.*)", line)
-        if pair:
-            key, value = pair[1], pair[2].strip().strip("\"'")
-            inline = re.fullmatch(r"\[(.*)\]", value)
-            card[key] = [word.strip(" \"'") for word in inline[1].split(",")] if inline else value or []
-        elif item and isinstance(found := card.get(key), list):
-            found.append(item[1].strip().strip("\"'"))
-    return card

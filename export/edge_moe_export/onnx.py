@@ -1,23 +1,22 @@
 """Exports a model to a folder for ONNX Runtime: the graph with its weights, the tokenizer and the settings."""
 
-import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from onnx import ModelProto
 
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import OptionError, UnsupportedError
+from edge_moe.files import new_folder
 from edge_moe.models.deepseek2 import config_of, load_weights
 from edge_moe.onnx_folder import GRAPH_FILE, SETTINGS_FILE
+from edge_moe.weights import Weight
 from edge_moe_export.gguf import write_gguf
 from edge_moe_export.onnx_builder import Builder, TensorFile
-from edge_moe_export.onnx_graph import build_decoder
+from edge_moe_export.onnx_graph import CACHE_TYPES, build_decoder
 from edge_moe_export.onnx_settings import settings_metadata, write_settings
 from edge_moe_export.onnx_storage import FLOAT_BITS, Storage
 from edge_moe_export.onnx_weights import LOSSLESS_BLOCK
@@ -42,21 +41,25 @@ def export_onnx(
     *,
     bits: int = 4,
     block: int = LOSSLESS_BLOCK,
-    half_cache: bool = False,
+    kv: str = "fp32",
     optimized: bool = False,
+    importance: Callable[[str, tuple[int, ...]], np.ndarray | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
     """Write the model as an ONNX folder `out`, which appears when it is whole.
 
     `bits` 4 or 8 of the routed experts' weights, each `block` of them with a scale of its own, or 32: f32 and standard
-    operators only. `half_cache`: the latent cache is f16. `optimized`: as onnxruntime packs it for this CPU, for which
-    it takes the model's size in memory. `progress(done, total)` counts layers.
+    operators only. `kv`: the latent cache is fp32, fp16 or int8. `optimized`: as onnxruntime packs it for this CPU, for
+    which it takes the model's size in memory. `importance(tensor_name, shape)` says for tensors of the file how much
+    errors in their columns count where they are rounded anew, f32[matrices, C]. `progress(done, total)` counts layers.
     Raises OptionError (options, paths, no space), FormatError (tensors missing), UnsupportedError (odd latent sizes).
     """
     if bits not in BITS:
         raise OptionError(f"--bits {bits}: expected one of {', '.join(map(str, BITS))}")
     if block not in BLOCKS:
         raise OptionError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
+    if kv not in CACHE_TYPES:
+        raise OptionError(f"--kv {kv}: expected one of {', '.join(CACHE_TYPES)}")
     config = config_of(checkpoint)
     if config.latent_dim % 2:
         raise UnsupportedError(
@@ -66,26 +69,28 @@ def export_onnx(
     weights = load_weights(checkpoint)
     steps = 0
 
+    def columns(weight: Weight) -> np.ndarray | None:
+        return importance(checkpoint.tensor_name(weight.name), weight.shape) if importance else None
+
     def count() -> None:
         nonlocal steps
         steps += 1
         if progress:
             progress(steps, config.num_hidden_layers + 1)
 
-    with _new_folder(out, checkpoint.size_bytes) as folder:
+    with new_folder(out, checkpoint.size_bytes) as folder:
         write_gguf(folder / SETTINGS_FILE, settings_metadata(checkpoint), ())
-        notes = write_settings(folder, checkpoint)  # first, since a damaged vocabulary should not cost an hour
+        notes = write_settings(folder, checkpoint, kv)  # first, since a damaged vocabulary should not cost an hour
         with (folder / TENSOR_FILE).open("xb", buffering=1 << 20) as file:
             g = Builder(TensorFile(file, TENSOR_FILE))
-            storage = Storage(g, bits, block)
-            build_decoder(g, config, weights, storage, half_cache=half_cache, done=count)
+            storage = Storage(g, bits, block, columns)
+            build_decoder(g, config, weights, storage, kv=kv, done=count)
         _write_graph(g.model(__version__), folder / GRAPH_FILE)
-        if optimized:
-            _optimize(folder)
+        saved = _optimize(folder) if optimized else ()
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Export(
         sizes,
-        (*_notes(storage), *notes),
+        (*_notes(storage), *notes, *saved),
         {kind: storage.loss.relative_error(kind) for kind in storage.loss.n_weights},
     )
 
@@ -94,8 +99,11 @@ def _write_graph(model: ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _optimize(folder: Path) -> None:
-    """Replace graph and tensors by what onnxruntime makes of them on this CPU: fused, and packed for its kernels."""
+def _optimize(folder: Path) -> tuple[str, ...]:
+    """Replace graph and tensors by what onnxruntime makes of them on this CPU: fused, and packed for its kernels.
+
+    Returns remarks on what that saves: packed weights are mapped from the file instead of made in memory.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -111,10 +119,16 @@ def _optimize(folder: Path) -> None:
         ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
     ):
         options.add_session_config_entry(key, value)
-    onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    try:
+        onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's errors have no common type
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise OptionError(f"--optimized: onnxruntime cannot pack the graph: {reason}; export without it") from None
+    packed_bytes = (fresh / TENSOR_FILE).stat().st_size - (folder / TENSOR_FILE).stat().st_size
     for path in fresh.iterdir():
         path.replace(folder / path.name)
     fresh.rmdir()
+    return (f"{packed_bytes / 1e6:.1f} MB of packed weights in the file, which each start would else make in memory",)
 
 
 def _notes(storage: Storage) -> Sequence[str]:
@@ -125,37 +139,3 @@ def _notes(storage: Storage) -> Sequence[str]:
         notes.append(f"{n_weights / 1e6:.1f} M weights rounded from {kind}, relative error {error:.2f} %")
     notes += [f"{n_weights / 1e6:.1f} M weights kept as f32: {why}" for why, n_weights in storage.n_float.items()]
     return notes
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and of which nothing stays otherwise.
-
-    Raises OptionError when it cannot be written, or something is there already.
-    """
-    fresh = out.absolute().with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.part")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OptionError(f"{out}: exists already; name a new folder, or remove that one")
-        fresh.mkdir()
-        try:
-            yield fresh
-            for path in fresh.iterdir():
-                _sync(path)
-            fresh.replace(out)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise OptionError(
-            f"{out}: cannot be written: {error.strerror or error}; "
-            f"about {n_bytes} bytes need a folder with room for them"
-        ) from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S cached positions and new ones, H heads, D hidden, R
 head, E experts, K active, F expert width.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +14,12 @@ from onnx import TensorProto
 
 from edge_moe.config import DeepseekV2Config
 from edge_moe.models.deepseek2 import MLP, Attention, LowRankQuery, MoE, Weights, rope_frequencies
+from edge_moe.onnx_folder import int8_row
 from edge_moe_export.onnx_builder import Builder, Shape
 from edge_moe_export.onnx_storage import Storage
 
+CACHE_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
+INT8_STEP = math.log(2) / 8  # between the logarithms of two scales of an int8 cache
 MASKED = -1e30  # finite, so that a row without any key stays a number
 MIN_WEIGHT_SUM = 6.103515625e-05  # of a token's experts, before they are normed; as in the runtime and llama.cpp
 
@@ -26,19 +30,19 @@ def build_decoder(
     weights: Weights,
     storage: Storage,
     *,
-    half_cache: bool,
+    kv: str,
     done: Callable[[], None],
 ) -> None:
-    """Add the whole model to `g`. `half_cache`: the cache is f16; `done` is called after each layer."""
-    Decoder(g, config, storage, half_cache=half_cache).build(weights, done)
+    """Add the whole model to `g`. `kv`: one of CACHE_TYPES; `done` is called after each layer."""
+    Decoder(g, config, storage, kv).build(weights, done)
 
 
 class Decoder:
     """Adds one model to a graph. Methods take and return names of f32[B,T,D], where nothing else is said."""
 
-    def __init__(self, g: Builder, config: DeepseekV2Config, storage: Storage, *, half_cache: bool) -> None:
+    def __init__(self, g: Builder, config: DeepseekV2Config, storage: Storage, kv: str) -> None:
         self.g, self.c, self.storage = g, config, storage
-        self.cache_type = TensorProto.FLOAT16 if half_cache else TensorProto.FLOAT
+        self.cache_type = CACHE_TYPES[kv]
         # Latent and rope key lie in one row, cut into two halves: onnxruntime-genai wants keys and values of one shape.
         self.half = config.latent_dim // 2
 
@@ -100,17 +104,46 @@ class Decoder:
 
     def cached(self, new: str, layer: int) -> list[str]:
         """Append new rows [B,1,T,R+P] to the past ones, which come in and go out in two halves [B,1,S,(R+P)/2]."""
-        g = self.g
-        if self.cache_type == TensorProto.FLOAT16:
-            new = g.op("Cast", new, to=TensorProto.FLOAT16)
+        g, width = self.g, int8_row(self.c).width if self.cache_type == TensorProto.INT8 else self.half
         halves = []
         for part, rows in zip(("key", "value"), g.ops("Split", 2, new, axis=-1, num_outputs=2), strict=True):
-            past = g.input(f"past_key_values.{layer}.{part}", self.cache_type, ["batch", 1, "past", self.half])
-            shape: Shape = ["batch", 1, "total", self.half]
-            halves.append(g.output(f"present.{layer}.{part}", self.cache_type, shape, "Concat", past, rows, axis=2))
-        if self.cache_type == TensorProto.FLOAT16:
-            return [g.op("Cast", half, to=TensorProto.FLOAT) for half in halves]
+            past = g.input(f"past_key_values.{layer}.{part}", self.cache_type, ["batch", 1, "past", width])
+            shape: Shape = ["batch", 1, "total", width]
+            name, rows = f"present.{layer}.{part}", self.packed_rows(rows)
+            halves.append(self.read_rows(g.output(name, self.cache_type, shape, "Concat", past, rows, axis=2)))
         return halves
+
+    def packed_rows(self, rows: str) -> str:
+        """Rows of the cache as it keeps them. f32[B,1,T,half] -> the cache's type."""
+        g = self.g
+        if self.cache_type == TensorProto.FLOAT:
+            return rows
+        if self.cache_type == TensorProto.FLOAT16:
+            return g.op("Cast", rows, to=TensorProto.FLOAT16)
+        # A scale is 2^(e/8), and its e a code of the row itself, so that the cache is one tensor of one type.
+        n_scales, block = int8_row(self.c).n_scales, int8_row(self.c).block
+        peaks = g.op(
+            "ReduceMax", g.op("Abs", g.op("Reshape", rows, g.ints(0, 0, 0, n_scales, block))), g.ints(-1), keepdims=0
+        )
+        steps = g.op("Mul", g.op("Log", g.op("Mul", peaks, g.scalar(1 / 127))), g.scalar(1 / INT8_STEP))
+        steps = g.op("Clip", g.op("Ceil", steps), g.scalar(-128), g.scalar(127))
+        scales = g.op("Exp", g.op("Mul", steps, g.scalar(INT8_STEP)))
+        codes = g.op("QuantizeLinear", rows, scales, axis=-1, block_size=block, output_dtype=TensorProto.INT8)
+        return g.op("Concat", codes, g.op("Cast", steps, to=TensorProto.INT8), axis=-1)
+
+    def read_rows(self, rows: str) -> str:
+        """The reverse: f32[B,1,S,half]."""
+        g = self.g
+        if self.cache_type == TensorProto.FLOAT:
+            return rows
+        if self.cache_type == TensorProto.FLOAT16:
+            return g.op("Cast", rows, to=TensorProto.FLOAT)
+        codes, steps = g.ops("Split", 2, rows, g.ints(self.half, int8_row(self.c).n_scales), axis=-1)
+        scales = g.op("Exp", g.op("Mul", g.op("Cast", steps, to=TensorProto.FLOAT), g.scalar(INT8_STEP)))
+        # DequantizeLinear by blocks, which says the same, takes four times as long
+        blocks = g.op("Reshape", codes, g.ints(0, 0, 0, int8_row(self.c).n_scales, int8_row(self.c).block))
+        values = g.op("Mul", g.op("Cast", blocks, to=TensorProto.FLOAT), g.op("Unsqueeze", scales, g.ints(4)))
+        return g.op("Reshape", values, g.ints(0, 0, 0, self.half))
 
     def attend(self, query: str, latent: list[str]) -> str:
         """Latents weighted by softmax, all heads in one product. query [B,H,T,R+P] -> [B,H,T,R].

@@ -10,6 +10,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import DeepseekV2Config
 from edge_moe.encoders import ByteLevelEncoder
 from edge_moe.models.deepseek2 import config_of
+from edge_moe.onnx_folder import int8_row
 from edge_moe.pretokenizers import PRE_TOKENIZERS
 from edge_moe.tokenizer import Tokenizer
 from edge_moe.vocabulary import PREFIX, TokenKind, Vocabulary
@@ -23,7 +24,7 @@ def settings_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**kept, "deepseek2.vocab_size": checkpoint.config.vocab_size}
 
 
-def write_settings(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+def write_settings(folder: Path, checkpoint: Checkpoint, kv: str) -> tuple[str, ...]:
     """Write config.json, genai_config.json and the tokenizer's files; returns remarks for the user.
 
     Raises FormatError when the file's tokenizer is damaged.
@@ -41,7 +42,7 @@ def write_settings(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         else:
             notes.append("no tokenizer.json: the vocabulary is SentencePiece's; edge-moe reads it from settings.gguf")
-    _write_json(folder / "genai_config.json", genai_config(config, tokenizer))
+    _write_json(folder / "genai_config.json", genai_config(config, tokenizer, kv))
     return tuple(notes)
 
 
@@ -73,7 +74,7 @@ def transformers_config(c: DeepseekV2Config) -> dict[str, Any]:
     }
 
 
-def genai_config(c: DeepseekV2Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def genai_config(c: DeepseekV2Config, tokenizer: Tokenizer | None, kv: str) -> dict[str, Any]:
     """The settings of onnxruntime-genai: one key-value head, whose key and value are the halves of the latent."""
     bos_id = tokenizer.bos_id if tokenizer else None
     eos_ids = sorted(tokenizer.eos_ids) if tokenizer else []
@@ -93,7 +94,7 @@ def genai_config(c: DeepseekV2Config, tokenizer: Tokenizer | None) -> dict[str, 
                 "num_hidden_layers": c.num_hidden_layers,
                 "num_attention_heads": c.num_attention_heads,
                 "num_key_value_heads": 1,
-                "head_size": c.latent_dim // 2,
+                "head_size": int8_row(c).width if kv == "int8" else c.latent_dim // 2,
                 "inputs": {
                     **{name: name for name in inputs},
                     "past_key_names": "past_key_values.%d.key",

@@ -1,7 +1,7 @@
 """How a model's weights are kept in an ONNX file, and the operators that multiply with them so."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -24,8 +24,11 @@ class Storage:
     matrices that attention absorbs stay f32.
     """
 
-    def __init__(self, g: Builder, bits: int, block: int) -> None:
-        self.g, self.bits, self.block = g, bits, block
+    def __init__(
+        self, g: Builder, bits: int, block: int, importance: Callable[[Weight], np.ndarray | None] = lambda _: None
+    ) -> None:
+        """`importance` gives f32[matrices, C], how much errors in a weight's columns count, where that is known."""
+        self.g, self.bits, self.block, self.importance = g, bits, block, importance
         self.is_float = bits == FLOAT_BITS
         self.loss = Loss()
         self.n_lossless = 0  # weights that were only repacked
@@ -118,7 +121,7 @@ class Storage:
             n_blocks = n_cols // self.block
             tail = (n_cols * bits // 8,) if len(rows) == 2 else (n_blocks, self.block * bits // 8)
             scales: list[np.ndarray] = []
-            parts = packed(weight, bits, self.block, self.loss, scales)
+            parts = packed(weight, bits, self.block, self.loss, scales, None, self.importance(weight))
             codes = self.g.tensor(f"{name}.codes", np.uint8, (*rows, *tail), parts)
             self._stored[name] = codes, self.g.tensor(f"{name}.scales", np.float32, (*rows, n_blocks), scales)
             self._count_lossless(weight, bits)
@@ -129,12 +132,13 @@ class Storage:
         n, width, n_cols = gate.shape
         scales: list[np.ndarray] = []
 
-        def parts() -> Iterator[np.ndarray]:
+        def both() -> Iterator[np.ndarray]:
             for expert in range(n):
                 codes, expert_scales = [], []
                 for weight in (gate, up):
                     own_scales: list[np.ndarray] = []
-                    codes.append(np.concatenate([*packed(weight, bits, self.block, self.loss, own_scales, expert)]))
+                    parts = packed(weight, bits, self.block, self.loss, own_scales, expert, self.importance(weight))
+                    codes.append(np.concatenate([*parts]))
                     expert_scales.append(np.concatenate(own_scales))
                 scales.append(np.stack(expert_scales, axis=1))
                 yield np.stack(codes, axis=1)
@@ -142,7 +146,7 @@ class Storage:
         name = _name(gate)
         for weight in (gate, up):
             self._count_lossless(weight, bits)
-        codes = self.g.tensor(f"{name}.and_up.codes", np.uint8, (n, 2 * width, n_cols * bits // 8), parts())
+        codes = self.g.tensor(f"{name}.and_up.codes", np.uint8, (n, 2 * width, n_cols * bits // 8), both())
         shape = (n, 2 * width, n_cols // self.block)
         return codes, self.g.tensor(f"{name}.and_up.scales", np.float32, shape, scales)
 

@@ -63,11 +63,18 @@ def is_lossless(weight: Weight, bits: int, block: int) -> bool:
 
 
 def packed(
-    weight: Weight, bits: int, block: int, loss: Loss, scales: list[np.ndarray], index: int | None = None
+    weight: Weight,
+    bits: int,
+    block: int,
+    loss: Loss,
+    scales: list[np.ndarray],
+    index: int | None = None,
+    importance: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Codes of a weight (of one matrix of a stack: `index`) in order: u8[rows, C * bits / 8] for some rows at a time.
 
     The scales f32[rows, C / block] are appended to `scales` meanwhile; what is lost is counted in `loss`.
+    `importance` f32[matrices, C] says how much an error in a column counts.
     """
     for number in range(_n_matrices(weight)) if index is None else (index,):
         for rows in _row_parts(weight):
@@ -77,7 +84,7 @@ def packed(
                 scale = np.repeat(scale, LOSSLESS_BLOCK // block, axis=1)
             else:
                 values = weight.format.decode(data)
-                codes, scale = quantize(values, bits, block)
+                codes, scale = quantize(values, bits, block, None if importance is None else importance[number])
                 restored = codes.reshape(*scale.shape, block) * scale[..., None]
                 kind = f"{weight.format.name} to {bits} bits"
                 loss.add(kind, values, values - restored.reshape(values.shape))
@@ -85,12 +92,19 @@ def packed(
             yield pack(codes, bits)
 
 
-def quantize(values: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize(
+    values: np.ndarray, bits: int, block: int, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Round each block to signed codes. values f32[rows,C] -> codes i8[rows,C], scales f32[rows, C / block].
 
     The scale with the least squared error of a few is taken; given the codes, the best scale is sum(v q) / sum(q q).
+    With `importance` f32[C], above 0, the errors are weighted by it.
     """
     blocks = values.reshape(-1, block)
+    weighted, weights = blocks, None
+    if importance is not None:
+        weights = np.broadcast_to(importance, values.shape).reshape(-1, block)
+        weighted = blocks * weights
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
     best_codes = np.zeros(blocks.shape, np.int8)
@@ -99,8 +113,8 @@ def quantize(values: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.
     for steps in _TRIED_STEPS[bits]:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             codes = np.clip(np.rint(np.nan_to_num(blocks * (np.float32(steps) / extreme))), low, high)
-            overlap = np.einsum("bi,bi->b", blocks, codes)[:, None]
-            size = np.einsum("bi,bi->b", codes, codes)[:, None]
+            overlap = np.einsum("bi,bi->b", weighted, codes)[:, None]
+            size = np.einsum("bi,bi->b", codes if weights is None else codes * weights, codes)[:, None]
             gain = np.nan_to_num(overlap * overlap / size)
             scales = np.nan_to_num(overlap / size)
         better = gain > best_gain

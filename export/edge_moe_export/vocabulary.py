@@ -21,7 +21,7 @@ _IDS = {  # by the name in tokenizer_config.json; the last but one is misspelt i
 }  # fmt: skip
 
 # llama.cpp knows a pre-tokenizer by the SHA-256 of the ids of this text, written as a Python list.
-_CHECK_TEXT = (
+CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
     "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
@@ -36,12 +36,33 @@ _NAMES_BY_HASH = {
     "cdf5f35325780597efd76153d4d1c16778f766173908894c04afc20108536267": "glm4",
     "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454": "gpt-2",
     "ad851be1dba641f2e3711822f816db2c265f788b37c63b4e1aeacb9ee92de8eb": "gigachat",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
+    "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+    "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34": "starcoder",
+    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
+    "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
+    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
+    "1431a23e583c97432bc230bff598d103ddb5a1f89960c8f1d1051aaa944d0b35": "minerva-7b",
+    "1994ffd01900cfb37395608534236ecd63f2bd5995d6cb1004dda1af50240f15": "trillion",
+    "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
+    "f6791d196f87ce6b56a7d234be618e0d58f8cda3549416635b2bebcd22cd95c4": "midm-2.0",
+    "d4c8f286ea6b520b3d495c4455483cfa2302c0cfcd4be05d781b6a8a0a7cdaf1": "megrez",
+    "4a2e2abae11ca2b86d570fc5b44be4d5eb5e72cc8f22dd136a94b37da83ab665": "kormo",
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "b6dc8df998e1cfbdc4eac8243701a65afe638679230920b50d6f17d81c098166": "olmo",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "36f3066e97b7f3994b379aaacde306c1444c6ae84e81a5ae3cd2b7ed3b8c42d4": "minicpm5",
+    "4e2b24cc4770243d65a2c9ec19770a72f08cffc161adbb73fcbb6b7dd45a0aae": "exaone",
 }
 # Others are known by their regular expressions. "gpt-2" stands for the one that is built into ByteLevel.
 _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACE
 _NAMES_BY_PATTERNS = {
     ("gpt-2",): "gpt-2",
+    ("a digit", "gpt-2"): "smollm",
     (_LLAMA3,): "dbrx",
     (_LLAMA3.replace("{1,3}", ""),): "qwen2",
     (
@@ -57,44 +78,52 @@ def vocabulary_metadata(folder: Path, params: HyperParameters) -> dict[str, Any]
     """All `tokenizer.` keys. Raises FormatError (damaged) and UnsupportedError (no byte-level BPE)."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        other = next((name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()), None)
         raise UnsupportedError(
-            f"{path}: no such file"
-            + (f", only {other}, which is not read here" if other else "")
-            + "; convert needs the tokenizer as a byte-level BPE tokenizer.json"
+            f"{path}: no such file; convert needs a tokenizer.json, tokenizer.model or (of Kimi) tiktoken.model there"
         )
     tokenizer = read_json(path)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = tokenizer_config(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         kind = model.get("type") if isinstance(model, dict) else model
         raise UnsupportedError(f"{path}: its model is {str(kind)[:40]!r}, only byte-level BPE is read here")
-    try:
-        loaded = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no type of its own
-        raise FormatError(f"{path}: is no tokenizer ({str(error)[:80]}); download the file again") from None
-    added = _added_tokens(loaded, config, folder)
+    loaded = load_tokenizer(path)
+    added = added_tokens(loaded, config, folder)
     tokens, kinds = _tokens(loaded, added, params.integer("vocab_size"), path)
-    special = _SpecialTokens(tokenizer, config, loaded, path)
+    special = SpecialTokens(tokenizer, config, loaded, path)
     special.take_ids(params)
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer, loaded, special.texts.get("bos")),
+        "tokenizer.ggml.pre": _pre_tokenizer(path, tokenizer, loaded, special.texts.get("bos"), params),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array(kinds, np.int32),
         "tokenizer.ggml.merges": _merges(model, path),
-        **{f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in special.ids.items()},
-        **{f"tokenizer.ggml.add_{role}_token": flag for role, flag in special.added_at_ends.items()},
-        **_chat_templates(folder, config),
+        **special.metadata(),
+        **chat_templates(folder, config),
     }
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json, empty where it has none."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json as the library has it. Raises FormatError."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no type of its own
+        raise FormatError(f"{path}: is no tokenizer ({str(error)[:80]}); download the file again") from None
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _added_tokens(loaded: Tokenizer, config: Mapping[str, Any], folder: Path) -> dict[int, tuple[str, bool]]:
+def added_tokens(loaded: Tokenizer | None, config: Mapping[str, Any], folder: Path) -> dict[int, tuple[str, bool]]:
     """Tokens beside the merges: text, and whether it is special, by the id that the tokenizers library gives them."""
-    added = {token_id: (row.content, row.special) for token_id, row in loaded.get_added_tokens_decoder().items()}
+    rows = loaded.get_added_tokens_decoder() if loaded else {}
+    added = {token_id: (row.content, row.special) for token_id, row in rows.items()}
     for text, row in (config.get("added_tokens_decoder") or {}).items():
         if not text.isdecimal() or not isinstance(row, dict) or not isinstance(row.get("content"), str):
             raise FormatError(f"{folder}: tokenizer_config.json has an added token {text[:20]!r} without a text")
@@ -118,7 +147,7 @@ def _tokens(
         if text is None:
             text, kind = f"[PAD{token_id}]", TokenKind.UNUSED
         elif token_id in added:
-            is_control = added[token_id][1] or _looks_special(text)
+            is_control = added[token_id][1] or looks_special(text)
             kind = TokenKind.CONTROL if is_control else TokenKind.USER_DEFINED
             text = text if is_control else text.replace("▁", " ")
         tokens.append(text)
@@ -126,7 +155,7 @@ def _tokens(
     return tokens, kinds
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """Some models do not mark their control tokens, which show by their form."""
     return (
         text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
@@ -152,15 +181,19 @@ def _merges(model: Mapping[str, Any], path: Path) -> list[str]:
 # ---- special tokens -------------------------------------------------------------------------------------------------
 
 
-class _SpecialTokens:
+class SpecialTokens:
     """The ids of special tokens by role, and which of them a text begins or ends with."""
 
-    def __init__(self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], loaded: Tokenizer, path: Path) -> None:
+    def __init__(
+        self, tokenizer: Mapping[str, Any], config: Mapping[str, Any], loaded: Tokenizer | None, path: Path
+    ) -> None:
+        """Of a tokenizer.json and what the library makes of it, where there is one, and a tokenizer_config.json."""
         self.ids: dict[str, int] = {}
         self.added_at_ends: dict[str, bool] = {}
-        self._added = {row.content: token_id for token_id, row in loaded.get_added_tokens_decoder().items()}
+        rows = loaded.get_added_tokens_decoder().items() if loaded else ()
+        self._added = {row.content: token_id for token_id, row in rows}
         roles = ("bos", "eos", "unk", "sep", "pad", "mask")
-        self.texts = {role: text for role in roles if (text := _text_of(config.get(f"{role}_token")))}
+        self.texts = {role: text for role in roles if (text := text_of(config.get(f"{role}_token")))}
         post = tokenizer.get("post_processor") or {}
         for processor in post.get("processors", [post]):
             if processor.get("type") == "ByteLevel":
@@ -208,7 +241,7 @@ class _SpecialTokens:
                 self.ids[role] = token_id
         for role in ("bos", "eos", "unk", "sep", "pad", "mask"):
             token_id = params.get(f"{role}_token_id")
-            if type(token_id) is int and token_id >= 0:
+            if type(token_id) is int and 0 <= token_id < params.integer("vocab_size"):
                 self.ids.setdefault(role, token_id)
         if params.architecture == "Glm4MoeLiteForCausalLM":
             family = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
@@ -216,8 +249,13 @@ class _SpecialTokens:
                 if text in self._added:
                     self.ids.setdefault(role, self._added[text])
 
+    def metadata(self) -> dict[str, Any]:
+        """The keys of what was found."""
+        ids = {f"tokenizer.ggml.{_IDS[role]}": token_id for role, token_id in self.ids.items()}
+        return ids | {f"tokenizer.ggml.add_{role}_token": flag for role, flag in self.added_at_ends.items()}
 
-def _text_of(token: object) -> str | None:
+
+def text_of(token: object) -> str | None:
     """The text of a token that tokenizer_config.json gives as a text or an object."""
     if isinstance(token, dict):
         token = token.get("content")
@@ -232,19 +270,22 @@ def _special_of(item: Mapping[str, Any]) -> str | None:
 # ---- how text is split, and chats -----------------------------------------------------------------------------------
 
 
-def _pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None) -> str:
+def _pre_tokenizer(
+    path: Path, tokenizer: Mapping[str, Any], loaded: Tokenizer, bos: str | None, params: HyperParameters
+) -> str:
     """The name that `tokenizer.ggml.pre` has for this tokenizer's splitting rules."""
-    ids = loaded.encode(_CHECK_TEXT).ids
+    ids = loaded.encode(CHECK_TEXT).ids
     # The hashes were made with transformers, which adds the first token by tokenizer_config.json instead of the file.
     bos_id = loaded.token_to_id(bos) if bos else None
-    for candidate in (ids, [bos_id, *ids], loaded.encode(_CHECK_TEXT, add_special_tokens=False).ids):
+    for candidate in (ids, [bos_id, *ids], loaded.encode(CHECK_TEXT, add_special_tokens=False).ids):
         name = _NAMES_BY_HASH.get(hashlib.sha256(str(candidate).encode()).hexdigest())
         if name:
             return name
     patterns = _patterns(tokenizer.get("pre_tokenizer") or {})
     name = _NAMES_BY_PATTERNS.get(tuple(patterns))
     if name == "dbrx" and tokenizer["model"].get("ignore_merges"):
-        name = "glm4"  # the same pattern, with words that are tokens taken whole
+        # the same pattern, with words that are tokens taken whole
+        name = "llama-bpe" if params.gguf_architecture == "llama" else "glm4"
     if name is None:
         raise UnsupportedError(
             f"{path}: its pre-tokenizer is none that is known here; "
@@ -261,13 +302,15 @@ def _patterns(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     if kind == "ByteLevel":
         space = ["a space before the text"] if pre_tokenizer.get("add_prefix_space") else []
         return space + (["gpt-2"] if pre_tokenizer.get("use_regex", True) else [])
+    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+        return ["a digit"]
     pattern = pre_tokenizer.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     is_plain = kind == "Split" and pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
     return [regex if is_plain and isinstance(regex, str) else str(kind)]
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The default chat template, and others by name."""
     template = config.get("chat_template")
     if template is None and (folder / "chat_template.jinja").is_file():

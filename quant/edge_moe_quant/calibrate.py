@@ -9,8 +9,9 @@ they are. Only one layer's moments are held at a time.
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,17 +19,8 @@ from edge_moe.backends.cpu import CpuBackend
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import FormatError, OptionError
 from edge_moe.formats import BlockFormat
-from edge_moe.latent_cache import LatentCache
-from edge_moe.models.deepseek2 import (
-    MLP,
-    Attention,
-    DeepseekV2,
-    LowRankQuery,
-    MoE,
-    config_of,
-    load_weights,
-    rope_frequencies,
-)
+from edge_moe.models.architectures import load_pass
+from edge_moe.models.feed_forward import MLP, MoE
 from edge_moe.tokenizer import Tokenizer
 from edge_moe.weights import Weight
 from edge_moe_quant.compensate import Aim, Factor, encode_compensated
@@ -39,6 +31,7 @@ from edge_moe_quant.store import EncodedStore
 
 LEAST_HITS = 256  # tokens of an expert below which its weights are searched only: its moments say too little
 
+Attention = TypeVar("Attention", bound=Any)  # the weights of an architecture's attention, a dataclass
 
 _VALUES_AT_ONCE = 1 << 21  # of a matrix, so that the largest ones take little memory
 _STREAM_BYTES = 1 << 29  # of all windows on their way through the layers, when no number is asked for
@@ -142,12 +135,11 @@ class _Job:
         n_threads: int,
     ) -> None:
         self.checkpoint, self.formats, self.store, self.n_threads = checkpoint, formats, store, n_threads
-        self.weights = load_weights(checkpoint)
-        self.config = config_of(checkpoint)
-        self.layers = self.weights.layers
         self.ops = SparingBackend(n_threads)
-        self.model = DeepseekV2(self.config, self.weights, self.ops)
-        self.n_tokens_of_window = windows.shape[1]
+        self.model = load_pass(checkpoint, self.ops)
+        self.weights = self.model.weights
+        self.layers = self.weights.layers
+        self.cache = self.model.new_cache(windows.shape[1], "f32")  # stays empty: every layer is run as the first one
         self.coverage = Coverage(windows.size)
 
     # ---- the pass ----
@@ -183,16 +175,12 @@ class _Job:
             moments.add(*both)
         self._encode([self.weights.lm_head], moments.moments)
 
-    def _attend(self, ops: CpuBackend, w: Attention, x: np.ndarray) -> np.ndarray:
-        config = replace(self.config, num_hidden_layers=1)
-        cache = LatentCache(config, self.n_tokens_of_window, "f32")
-        scaling = config.rope_scaling
-        factor = scaling.attention_factor if scaling else 1.0
-        cos, sin = ops.rotations(cache, len(x), rope_frequencies(config), factor)
-        return self.model.attention(ops, w, x, cos, sin, cache, 0)
+    def _attend(self, ops: CpuBackend, w: Any, x: np.ndarray) -> np.ndarray:
+        cos, sin = self.model.rotations(ops, self.cache, len(x))
+        return self.model.attention(ops, w, x, cos, sin, self.cache, 0)
 
     def _attention(self, w: Attention, streams: list[_Stream]) -> Attention:
-        query = w.q_proj
+        """Whatever matrices an architecture's attention has, each by its inputs in the original."""
         moments = Moments()
         for stream in streams:
             both = Inputs(self.n_threads), Inputs(self.n_threads)
@@ -200,19 +188,7 @@ class _Job:
             self._attend(both[1], w, stream.x0)
             moments.add(*both)
 
-        def encode(weight: Weight) -> Weight:
-            return self._encode([weight], moments.moments)[0]
-
-        return replace(
-            w,
-            q_proj=replace(query, q_a_proj=encode(query.q_a_proj), q_b_proj=encode(query.q_b_proj))
-            if isinstance(query, LowRankQuery)
-            else encode(query),
-            kv_a_proj_with_mqa=encode(w.kv_a_proj_with_mqa),
-            k_b_proj=encode(w.k_b_proj),
-            v_b_proj=encode(w.v_b_proj),
-            o_proj=encode(w.o_proj),
-        )
+        return _with_weights(w, lambda weight: self._encode([weight], moments.moments)[0])
 
     def _feed_forward(self, index: int, original: MLP | MoE, streams: list[_Stream]) -> MLP | MoE:
         """First all gates and ups by their inputs, then all downs by what the quantized gates and ups give them."""
@@ -301,6 +277,18 @@ class _Job:
 
     def _format(self, weight: Weight) -> BlockFormat:
         return self.formats[self._name(weight)]
+
+
+def _with_weights(part: Attention, new: Callable[[Weight], Weight]) -> Attention:
+    """A dataclass of weights, and of others that hold some, with each weight replaced."""
+    changed: dict[str, Any] = {}
+    for each in fields(part):
+        value = getattr(part, each.name)
+        if isinstance(value, Weight):
+            changed[each.name] = new(value)
+        elif is_dataclass(value):
+            changed[each.name] = _with_weights(value, new)
+    return replace(part, **changed)
 
 
 def _n_matrices(weight: Weight) -> int:

@@ -15,15 +15,15 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import FormatError
 from edge_moe.formats import F32
 from edge_moe.kernels import routing
-from edge_moe.latent_cache import LatentCache
 from edge_moe.models.architectures import load_pass
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 
 class SquareSums(CpuBackend):
     """Runs operations and adds up squares, by the weights' own names."""
 
-    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+    def expands(self, n_tokens: int, cache: TokenCache) -> bool:
         """Never: in absorbed form every matrix has an input of its own."""
         return False
 

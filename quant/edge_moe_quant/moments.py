@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edge_moe.backends.cpu import CpuBackend, Grouping
-from edge_moe.latent_cache import LatentCache
-from edge_moe.models.deepseek2 import MLP
+from edge_moe.models.feed_forward import MLP
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 from edge_moe_quant.importance import TRUSTED_HITS
 from edge_moe_quant.pages import forget_pages
@@ -22,7 +22,7 @@ MomentsOf = Callable[[Weight, int], Pair | None]  # of one matrix of a weight
 class SparingBackend(CpuBackend):
     """Runs experts a few at a time, and lets go of their pages: a layer's can be more than the memory there is."""
 
-    def expands(self, n_tokens: int, cache: LatentCache) -> bool:
+    def expands(self, n_tokens: int, cache: TokenCache) -> bool:
         """Never: in absorbed form every matrix has an input of its own."""
         return False
 
