@@ -8,7 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edge_moe.errors import EdgeMoeError, FormatError, OptionError, ShapeError, UnsupportedError
+from edge_moe.errors import DeviceError, EdgeMoeError, FormatError, OptionError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from edge_moe.api import Model, load
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DeviceError",
     "EdgeMoeError",
     "FormatError",
     "Model",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from os import PathLike
@@ -10,11 +11,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from edge_moe.backends.choice import choose_backend
 from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.mlx.backend import MlxBackend, import_mlx
+from edge_moe.backends.mlx.forms import form_bytes
+from edge_moe.backends.protocol import Backend
+from edge_moe.backends.split import SplitBackend
+from edge_moe.backends.vulkan.backend import VulkanBackend
+from edge_moe.backends.vulkan.device import DeviceStats, find_adapter
 from edge_moe.checkpoint import Checkpoint, open_checkpoint
 from edge_moe.config import KV_KINDS, ModelConfig
-from edge_moe.errors import OptionError
+from edge_moe.errors import DeviceError, OptionError
 from edge_moe.expert_store import ExpertStore
+from edge_moe.formats import BlockFormat
 from edge_moe.generate import Cache, GenerationStats, LanguageModel, Session
 from edge_moe.kernels.elementwise import max_threads
 from edge_moe.memory_plan import MemoryPlan, expert_layers, hold_in_memory, plan_memory
@@ -26,6 +35,32 @@ from edge_moe.token_cache import check_kind
 from edge_moe.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT_LENGTH = 16384
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is to run; `load` says what each means."""
+
+    backend: str
+    vram_bytes: int | None
+    gpu_layers: int | None
+    on_backend: Callable[[str], None]
+
+    def check_cpu(self) -> None:
+        """Raises OptionError for what the CPU has no use for."""
+        for option, value in (("--vram", self.vram_bytes), ("--gpu-layers", self.gpu_layers)):
+            if value is not None:
+                raise OptionError(f"{option}: the cpu backend has no device; add --backend, or leave {option} out")
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What is asked of a model that may not fit into memory; `load` says what each means."""
+
+    ram_bytes: int | None
+    route_slack: float
+    routes: np.ndarray | None
+    on_plan: Callable[[MemoryPlan], None] | None
 
 
 class Model:
@@ -42,6 +77,10 @@ class Model:
         route_slack: float = 0.0,
         routes: np.ndarray | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
+        backend: str = "cpu",
+        vram_bytes: int | None = None,
+        gpu_layers: int | None = None,
+        on_backend: Callable[[str], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -57,23 +96,97 @@ class Model:
         self._pass: LanguageModel
         self.memory_plan: MemoryPlan | None = None  # None: all of the file fits
         self.expert_store: ExpertStore | None = None
+        if gpu_layers is not None and gpu_layers < 1:
+            raise OptionError(f"--gpu-layers {gpu_layers}: expected at least 1; --backend cpu runs all on the CPU")
+        self.backend = "cpu"
+        self.device_name: str | None = None  # of a backend with a device
+        self.device_stats: DeviceStats | None = None  # what was sent there
         if isinstance(checkpoint, OnnxFolder):
+            if backend not in ("auto", "cpu") or vram_bytes is not None or gpu_layers is not None:
+                words = f"--backend {backend}" if backend not in ("auto", "cpu") else "--vram or --gpu-layers"
+                raise OptionError(f"{words}: {checkpoint.path} is an ONNX model, which onnxruntime runs on the CPU")
             if ram_bytes is not None:
                 raise OptionError(f"--ram: {checkpoint.path} is an ONNX model, whose memory onnxruntime decides")
             self._pass = OnnxPass(checkpoint, threads)
         else:
-            layers = expert_layers(checkpoint)
-            self.memory_plan = plan_memory(checkpoint, layers, self.context_length, kv, ram_bytes)
-            if self.memory_plan is not None:
-                if on_plan:
-                    on_plan(self.memory_plan)
-                slots_bytes = self.memory_plan.slots_bytes
-                top_k = self.config.num_experts_per_tok
-                self.expert_store = ExpertStore(layers, slots_bytes, top_k, route_slack=route_slack)
-                if routes is not None:
-                    self.expert_store.seed(shares(routes, self.config.n_routed_experts))
-                checkpoint = hold_in_memory(checkpoint)
-            self._pass = load_pass(checkpoint, CpuBackend(threads, self.expert_store))
+            bound = _Bound(ram_bytes, route_slack, routes, on_plan)
+            place = _Place(backend, vram_bytes, gpu_layers, on_backend or (lambda line: None))
+            on_device = self._device_pass(checkpoint, place, bound)
+            self._pass = on_device or self._cpu_pass(checkpoint, bound)
+
+    def _device_pass(self, checkpoint: Checkpoint, place: "_Place", bound: "_Bound") -> LanguageModel | None:
+        """The pass on the device of the backend asked for; None for the CPU. Raises OptionError, DeviceError."""
+        name, reason = choose_backend(place.backend)
+        is_auto = place.backend == "auto"
+        try:
+            if name == "cpu":
+                if not is_auto:
+                    place.check_cpu()
+                return None
+            device = self._open_device(name, checkpoint, place, bound)
+            backend: Backend = device
+            n_layers = self.config.num_hidden_layers
+            if place.gpu_layers is not None and place.gpu_layers < n_layers:
+                at = n_layers - place.gpu_layers
+                backend = SplitBackend(CpuBackend(self.threads), device, at, self.config)
+            model = load_pass(checkpoint, backend)
+            model.prepare(self.context_length, self.kv)
+        except (DeviceError, OptionError) as error:
+            if not is_auto:
+                raise
+            name, reason = "cpu", str(error)
+            return None
+        finally:
+            if is_auto:
+                place.on_backend(f"backend {name}: {reason}")
+        self.backend, self.device_name = name, device.name
+        if isinstance(device, VulkanBackend):
+            self.device_stats = device.stats
+        elif device.weights.inexact:
+            formats = ", ".join(sorted(device.weights.inexact))
+            place.on_backend(
+                f"backend mlx: {formats} has no equal there and is kept in 8-bit groups of 32, not without loss"
+            )
+        return model
+
+    def _open_device(
+        self, name: str, checkpoint: Checkpoint, place: "_Place", bound: "_Bound"
+    ) -> "VulkanBackend | MlxBackend":
+        """The backend of a device. Raises OptionError, DeviceError."""
+        if bound.ram_bytes is not None and (name == "vulkan" or place.gpu_layers is not None):
+            other = "--vram says how much of the device to take" if name == "vulkan" else "leave one of them out"
+            raise OptionError(f"--ram is neither for the vulkan backend nor for --gpu-layers; {other}")
+        if name == "vulkan":
+            return VulkanBackend(find_adapter(), place.vram_bytes)
+        if place.vram_bytes is not None:
+            raise OptionError("--vram: the mlx backend has no memory of its own; --ram bounds all of it")
+        import_mlx()  # before memory is planned: it takes some
+        is_split = place.gpu_layers is not None
+        return MlxBackend(self.threads, None if is_split else self._bounded_store(checkpoint, bound, form_bytes))
+
+    def _cpu_pass(self, checkpoint: Checkpoint, bound: "_Bound") -> LanguageModel:
+        """The pass by our own kernels. Raises OptionError, ReadError."""
+        self.expert_store = self._bounded_store(checkpoint, bound, None)
+        if self.expert_store is not None:
+            checkpoint = hold_in_memory(checkpoint)
+        return load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
+
+    def _bounded_store(
+        self, checkpoint: Checkpoint, bound: "_Bound", form_bytes: Callable[[BlockFormat, int], int] | None
+    ) -> ExpertStore | None:
+        """Slots for experts where the model does not fit into memory. Raises OptionError, ReadError."""
+        layers = expert_layers(checkpoint)
+        plan = plan_memory(checkpoint, layers, self.context_length, self.kv, bound.ram_bytes, form_bytes)
+        self.memory_plan, self.expert_store = plan, None
+        if plan is None:
+            return None
+        if bound.on_plan:
+            bound.on_plan(plan)
+        top_k = self.config.num_experts_per_tok
+        self.expert_store = ExpertStore(layers, plan.slots_bytes, top_k, route_slack=bound.route_slack)
+        if bound.routes is not None:
+            self.expert_store.seed(shares(bound.routes, self.config.n_routed_experts))
+        return self.expert_store
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -189,6 +302,10 @@ def load(
     route_slack: float = 0.0,
     routes: np.ndarray | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
+    backend: str = "cpu",
+    vram_bytes: int | None = None,
+    gpu_layers: int | None = None,
+    on_backend: Callable[[str], None] | None = None,
 ) -> Model:
     """Open a model (None: the embedded one). The file is mapped, so this takes little time and memory.
 
@@ -203,9 +320,14 @@ def load(
     Of such a model `routes` i16[T, layers, K], an earlier session's, say which experts to begin with; `route_slack`
     trades exactness for reads: see ExpertStore.
 
+    `backend` is "cpu", "mlx" (Apple's GPUs), "vulkan" (a GPU, through wgpu; at most `vram_bytes` of its memory, the
+    experts used last among them) or "auto", which takes a device where there is one. `on_backend` is told in a line
+    what auto took and why, and what a backend could not take over without loss. With `gpu_layers` only so many of the
+    last layers and the head are run there, the others by the CPU.
+
     A folder that `edge-moe export onnx` wrote runs through onnxruntime, which holds its weights in memory.
 
-    Raises OptionError, FormatError, UnsupportedError, ReadError.
+    Raises OptionError, FormatError, UnsupportedError, ReadError, DeviceError.
     """
     if threads is None:
         threads = default_threads()
@@ -223,4 +345,8 @@ def load(
         route_slack=route_slack,
         routes=routes,
         on_plan=on_plan,
+        backend=backend,
+        vram_bytes=vram_bytes,
+        gpu_layers=gpu_layers,
+        on_backend=on_backend,
     )

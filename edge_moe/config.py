@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 KV_KINDS = ("bf16", "int8", "int4", "f32")  # how the latent cache can keep its numbers; the first is the default
+BACKENDS = ("auto", "cpu", "mlx", "vulkan")  # where a pass can run; auto is whatever the machine has
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,3 +23,7 @@ class ShapeError(EdgeMoeError):
 
 class ReadError(EdgeMoeError):
     """A model's file could not be read, or changed, while it was in use."""
+
+
+class DeviceError(EdgeMoeError):
+    """A device beside the CPU is not there, was lost, or has too little memory."""

@@ -1,7 +1,8 @@
 """How a model is held under a budget of memory: what stays, and how many experts fit beside it."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.direct_io import DirectFile, aligned_bytes, aligned_memory
 from edge_moe.errors import OptionError
 from edge_moe.expert_store import least_bytes, slot_sizes
+from edge_moe.formats import BlockFormat
 from edge_moe.generate import PREFILL_CHUNK
 from edge_moe.gguf import TensorEntry
 from edge_moe.models.architectures import cache_bytes, scratch_bytes
@@ -88,9 +90,16 @@ def expert_layers(checkpoint: Checkpoint) -> list[ExpertLayer]:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, layers: Sequence[ExpertLayer], context_length: int, kv: str, budget_bytes: int | None
+    checkpoint: Checkpoint,
+    layers: Sequence[ExpertLayer],
+    context_length: int,
+    kv: str,
+    budget_bytes: int | None,
+    form_bytes: Callable[[BlockFormat, int], int] | None = None,
 ) -> MemoryPlan | None:
     """How to hold a model; None where all of it fits, and the file is best left to the system's page cache.
+
+    `form_bytes(format, weights)` says what a backend makes of weights that it does not use as they lie in the file.
 
     No budget means what is free, less a margin. Raises OptionError for a budget that cannot work.
     """
@@ -101,15 +110,20 @@ def plan_memory(
     scratch = scratch_bytes(config, min(PREFILL_CHUNK, context_length))
     process_bytes = max(PROCESS_BYTES, psutil.Process().memory_info().rss)
     fixed = process_bytes + kv_bytes + scratch
-    if not layers or checkpoint.size_bytes + fixed <= limit:
-        if budget_bytes is not None and checkpoint.size_bytes + fixed > limit:
+    experts_in_file = sum(weight.n_bytes for layer in layers for weight in layer)
+    model_bytes, resident = checkpoint.size_bytes, checkpoint.size_bytes - experts_in_file
+    if form_bytes is not None:
+        stacks = {checkpoint.tensor_name(weight.name) for layer in layers for weight in layer}
+        sizes = {name: form_bytes(each.format, math.prod(each.shape)) for name, each in checkpoint.tensors.items()}
+        model_bytes = sum(sizes.values())
+        resident = sum(size for name, size in sizes.items() if name not in stacks)
+    if not layers or model_bytes + fixed <= limit:
+        if budget_bytes is not None and model_bytes + fixed > limit:
             raise OptionError(
                 f"--ram {_gib(limit)}: {checkpoint.path} has no experts to leave on the disk, "
-                f"expected at least {_gib(checkpoint.size_bytes + fixed)}"
+                f"expected at least {_gib(model_bytes + fixed)}"
             )
         return None
-    experts_in_file = sum(weight.n_bytes for layer in layers for weight in layer)
-    resident = checkpoint.size_bytes - experts_in_file
     top_k = config.num_experts_per_tok
     least = int((fixed + resident + least_bytes(layers, top_k)) / (1 - _SLACK)) + 1
     if limit < least:

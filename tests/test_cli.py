@@ -243,7 +243,7 @@ def test_every_command_takes_the_kind_of_cache(monkeypatch, capsys, text_file, k
         assert (gains is not None) == (kind == "int4")  # in 4 bits it is rotated
         return LatentCache(config, context_length, kind, gains)
 
-    monkeypatch.setattr("edge_moe.models.deepseek2.LatentCache", new_cache)
+    monkeypatch.setattr("edge_moe.backends.cpu.LatentCache", new_cache)
     commands = ["run", MODEL, "hi", "-n", "2"], ["bench", MODEL, "-p4"], ["eval", MODEL, "-c16", "--text", text_file]
     for command in commands:
         assert main([*command, "--kv", kv, "--json"]) == 0

@@ -76,7 +76,6 @@ BAD_LINES = [
     ("chat missing.gguf", "missing.gguf: cannot open"),
     ("chat text.gguf -n 0", "-n/--n-predict"),
     ("chat text.gguf hello", "unrecognized arguments: hello"),
-    ("info", "the following arguments are required: MODEL"),
     ("info missing.gguf", "missing.gguf: cannot open"),
     ("info folder.gguf", "folder.gguf: is not a file"),
     ("info empty.gguf", "empty.gguf"),

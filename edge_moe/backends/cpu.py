@@ -6,14 +6,15 @@ before a kernel sees them, so that each kernel is compiled for one memory layout
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from edge_moe.backends.recorder import Program, Recorder
+from edge_moe.backends.protocol import Compute
+from edge_moe.backends.recorder import Program
 from edge_moe.backends.streaming import stream_experts
+from edge_moe.config import DeepseekV2Config, LlamaConfig
 from edge_moe.expert_store import ExpertStore
 from edge_moe.kernels import elementwise, products, routing
 from edge_moe.kernels.attention_expanded import ExpandedAttention
@@ -38,9 +39,20 @@ class CpuBackend:
         self.store = store
         self._programs: WeakKeyDictionary[TokenCache, Program] = WeakKeyDictionary()
 
-    def run(
-        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: TokenCache, all_logits: bool
-    ) -> np.ndarray:
+    def latent_cache(
+        self, config: DeepseekV2Config, context_length: int, kind: str, gains: np.ndarray | None
+    ) -> LatentCache:
+        """An empty cache of latents. Raises OptionError."""
+        return LatentCache(config, context_length, kind, gains)
+
+    def kv_cache(self, config: LlamaConfig, context_length: int, kind: str) -> KvCache:
+        """An empty cache of keys and values. Raises OptionError."""
+        return KvCache(config, context_length, kind)
+
+    def prepare(self, compute: Compute, cache: TokenCache, width: int = 0) -> None:
+        """Nothing: weights are used where they lie. Single tokens are ids here, never hidden states."""
+
+    def run(self, compute: Compute, source: np.ndarray, cache: TokenCache, all_logits: bool) -> np.ndarray:
         """Run a model pass `compute(operations, token_ids, cache, all_logits)`.
 
         Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
@@ -48,10 +60,10 @@ class CpuBackend:
         elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
         try:
             if self.store is None:
-                return self._run(compute, token_ids, cache, all_logits)
+                return self._run(compute, source, cache, all_logits)
             started = perf_counter()
-            self.store.begin(len(token_ids))
-            logits = self._run(compute, token_ids, cache, all_logits)
+            self.store.begin(len(source))
+            logits = self._run(compute, source, cache, all_logits)
             self.store.finish(perf_counter() - started)
             return logits
         except SystemError as error:  # a Ctrl-C that came as a kernel returned, or returned to a kernel
@@ -62,9 +74,7 @@ class CpuBackend:
                 raise
             raise cause from None
 
-    def _run(
-        self, compute: Callable[..., np.ndarray], token_ids: np.ndarray, cache: TokenCache, all_logits: bool
-    ) -> np.ndarray:
+    def _run(self, compute: Compute, token_ids: np.ndarray, cache: TokenCache, all_logits: bool) -> np.ndarray:
         if len(token_ids) > 1:
             return compute(self, token_ids, cache, all_logits)
         program = self._programs.get(cache)
@@ -256,6 +266,3 @@ def _grouped_product(inputs: np.ndarray, input_rows: np.ndarray, grouping: Group
     active, offsets, _, _ = grouping
     addresses = np.stack([stack.addresses[active] for stack in stacks])
     return products.grouped_linear(inputs, input_rows, offsets, stacks[0].format, addresses, stacks[0].shape[1])
-
-
-Operations = CpuBackend | Recorder

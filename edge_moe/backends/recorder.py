@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_moe.backends.protocol import Compute
 from edge_moe.backends.streaming import stream_experts
 from edge_moe.expert_store import ExpertStore
 from edge_moe.kernels import product_units as units
@@ -27,8 +28,6 @@ from edge_moe.weights import Weight
 
 SHARED_OPERATIONS = 100_000  # from so many on a step is shared between threads: some 10 microseconds
 NUMBERS = TAGS["F32"]  # stands for the block format where a kernel has none
-
-Compute = Callable[..., np.ndarray]
 
 
 def _address(array: np.ndarray) -> int:

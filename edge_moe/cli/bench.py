@@ -13,6 +13,7 @@ from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     MAX_TOKENS,
     Parser,
+    add_backend_option,
     add_kv_option,
     add_ram_option,
     add_threads_option,
@@ -105,6 +106,7 @@ def parser(prog: str) -> Parser:
     )
     add("-r", "--repetitions", metavar="N", type=whole_number(1, 1000), default=3, help="runs of each test (default 3)")
     add_kv_option(parser)
+    add_backend_option(parser)
     add_ram_option(parser)
     add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON list")
@@ -136,7 +138,8 @@ def execute(args: argparse.Namespace) -> int:
             ]
             for test in tests
         ]
-        title = f"{path.name}, {model.threads} threads, loaded in {format_duration(load_s)}"
+        place = f"{model.threads} threads" if model.device_name is None else model.device_name
+        title = f"{path.name}, {place}, loaded in {format_duration(load_s)}"
         print_table(title, ["test", "tok/s (median)", "min", "max", "first token"], rows)
         for test in tests:
             if test.experts_line:

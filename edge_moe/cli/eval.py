@@ -10,6 +10,7 @@ from edge_moe.cli.loading import load_model
 from edge_moe.cli.options import (
     MAX_TOKENS,
     Parser,
+    add_backend_option,
     add_kv_option,
     add_ram_option,
     add_threads_option,
@@ -79,6 +80,7 @@ def parser(prog: str) -> Parser:
         help="let the chunks overlap, each N tokens after the other, and score the last N of each",
     )
     add_kv_option(parser)
+    add_backend_option(parser)
     add_ram_option(parser)
     add_threads_option(parser)
     add("--json", action="store_true", help="print one JSON document")

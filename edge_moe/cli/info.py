@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from edge_moe.checkpoint import Checkpoint
 
 _DESCRIPTION = """\
-Show a model's architecture, the sizes of its parts, the formats of its weights, and the memory that a context needs.
+Show a model's architecture, the sizes of its parts, the formats of its weights, the memory that a context needs, and
+the backends that could run it here, with what is missing for each. Without MODEL it is the model that comes along.
 
 The weights stay in the file and are read as they are used; what they take in memory is the system's file cache,
 which it gives back under pressure. The latent cache and the scratch come on top."""
@@ -27,9 +28,9 @@ examples:
 
 def parser(prog: str) -> Parser:
     """The options of `info`."""
-    parser = Parser(prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} MODEL [options]")
+    parser = Parser(prog=prog, description=_DESCRIPTION, epilog=_EXAMPLES, usage=f"{prog} [MODEL] [options]")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a .gguf file, or the first of a split one")
+    add("model", nargs="?", metavar="MODEL", help="a .gguf file, or the first of a split one")
     add("-c", "--ctx-size", metavar="N", type=whole_number(1, MAX_TOKENS), help="show the memory of this context only")
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -37,9 +38,13 @@ def parser(prog: str) -> Parser:
 
 def execute(args: argparse.Namespace) -> int:
     """Open the file, without reading its weights, and print what is in it."""
-    path = check_model_path(args.model, may_be_folder=False)
+    path = check_model_path(args.model, may_be_folder=False) if args.model is not None else None
     from edge_moe.checkpoint import open_checkpoint
 
+    if path is None:
+        from edge_moe.api import embedded_model_path
+
+        path = embedded_model_path()
     checkpoint = open_checkpoint(path)
     document = describe(checkpoint, args.ctx_size)
     if args.json:
@@ -55,6 +60,7 @@ def describe(checkpoint: "Checkpoint", context_length: int | None = None) -> dic
     Raises OptionError when the context is longer than the model's own.
     """
     from edge_moe import plan
+    from edge_moe.backends.choice import backends
     from edge_moe.generate import PREFILL_CHUNK
     from edge_moe.models.architectures import load_weights
     from edge_moe.tokenizer import Tokenizer
@@ -105,6 +111,7 @@ def describe(checkpoint: "Checkpoint", context_length: int | None = None) -> dic
             "vocab_size": tokenizer.vocab_size,
             "chat_template": tokenizer.chat_template is not None,
         },
+        "backends": [dataclasses.asdict(each) for each in backends()],
     }
 
 
@@ -172,6 +179,13 @@ def _print(document: dict[str, Any]) -> None:
         "Formats",
         ["format", "size", "share"],
         [[name, format_bytes(size), f"{100 * size / total:.1f} %"] for name, size in document["formats"].items()],
+    )
+    sys.stdout.write("\nBackends\n")
+    print_facts(
+        [
+            (each["name"], each["detail"] if each["is_there"] else f"missing: {each['detail']}")
+            for each in document["backends"]
+        ]
     )
     sys.stdout.write("\n")
     print_table(

@@ -23,7 +23,7 @@ def load_model(path: Path | None, display: Display, **settings: Any) -> "Model":
     from edge_moe.api import load
 
     display.watch_compilation()
-    model = load(checkpoint, **settings, on_plan=lambda plan: print_dim(plan.line()))
+    model = load(checkpoint, **settings, on_plan=lambda plan: print_dim(plan.line()), on_backend=print_dim)
     display.check_interrupt()
     return model
 

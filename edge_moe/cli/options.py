@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edge_moe.config import KV_KINDS
+from edge_moe.config import BACKENDS, KV_KINDS
 from edge_moe.errors import OptionError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, context: str) -> None:
         "-c", "--ctx-size", metavar="N", type=whole_number(1, MAX_TOKENS), help=f"tokens of context ({context})"
     )
     add_kv_option(group)
+    add_backend_option(group)
     add_ram_option(group)
     add_save_routes_option(group)
     add_threads_option(group)
@@ -110,6 +111,33 @@ def add_kv_option(parser: argparse._ActionsContainer) -> None:
         default=KV_KINDS[0],
         help="numbers of the latent cache (default bf16); int8 takes little more than half of that and is faster, "
         "int4 little more than a third, f32 is exact",
+    )
+
+
+def add_backend_option(parser: argparse._ActionsContainer) -> None:
+    """--backend, where the model runs, --vram, the memory it may take there, and --gpu-layers, how much of it."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="cpu",
+        help="where the model runs: mlx is an Apple GPU, vulkan a GPU by Vulkan, Metal or DirectX; auto takes one if "
+        "there is one; "
+        "`edge-moe info` says what is there (default cpu)",
+    )
+    parser.add_argument(
+        "--vram",
+        metavar="SIZE",
+        type=byte_size,
+        help="of --backend vulkan: memory of the device, as 4G or 800M: what does not fit of the experts is sent there "
+        "when it is used (default: all of the model is kept there)",
+    )
+    parser.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        metavar="N",
+        type=whole_number(1, 1 << 16),
+        help="of --backend mlx and vulkan: run the last N layers and the output head there, the others by the cpu "
+        "backend (default: all layers)",
     )
 
 
@@ -151,6 +179,9 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "ram_bytes": args.ram,
         "route_slack": args.route_slack,
         "routes": routes,
+        "backend": args.backend,
+        "vram_bytes": args.vram,
+        "gpu_layers": args.gpu_layers,
     }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.protocol import Backend
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, DeepseekV2Config, LlamaConfig, ModelConfig
 from edge_moe.errors import UnsupportedError
@@ -20,7 +20,7 @@ def load_weights(checkpoint: Checkpoint) -> Weights:
     return deepseek2.load_weights(checkpoint)
 
 
-def load_pass(checkpoint: Checkpoint, backend: CpuBackend) -> Any:
+def load_pass(checkpoint: Checkpoint, backend: Backend) -> Any:
     """The model pass of a file: what `generate.LanguageModel` says, with its `weights`.
 
     Raises FormatError, UnsupportedError.

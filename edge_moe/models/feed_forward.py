@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_moe.backends.cpu import Operations
+from edge_moe.backends.protocol import Array, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import ModelConfig
 from edge_moe.weights import Weight
@@ -44,7 +44,7 @@ class Layer(Protocol):
     def mlp(self) -> MLP | MoE: ...
 
 
-Route = Callable[[Operations, MoE, np.ndarray], tuple[np.ndarray, np.ndarray]]  # x f32[T,D] -> ids i64[T,K], f32[T,K]
+Route = Callable[[Operations, MoE, Array], tuple[Array, Array]]  # x f32[T,D] -> ids i64[T,K], f32[T,K]
 
 
 def feed_forward(
@@ -52,10 +52,10 @@ def feed_forward(
     route: Route,
     eps: float,
     w: MLP | MoE,
-    x: np.ndarray,
-    h: np.ndarray | None = None,
+    x: Array,
+    h: Array | None = None,
     following: Layer | None = None,
-) -> np.ndarray:
+) -> Array:
     """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D].
 
     Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.backends.cpu import CpuBackend, Operations
+from edge_moe.backends.protocol import Array, Backend, Operations
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import UnsupportedError
-from edge_moe.kv_cache import KvCache
 from edge_moe.models import rope
 from edge_moe.models.feed_forward import MLP, MoE, activation_bytes, feed_forward, load_mlp
 from edge_moe.models.inputs import check_tokens
+from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 
@@ -101,7 +101,7 @@ def _load_layer(checkpoint: Checkpoint, c: LlamaConfig, index: int) -> Layer:
 class Llama:
     """The model: token ids in, logits out, the cache of keys and values passed in."""
 
-    def __init__(self, config: LlamaConfig, weights: Weights, backend: CpuBackend) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.weights = weights
         self.backend = backend
@@ -109,11 +109,15 @@ class Llama:
         if weights.rope_freqs is not None:
             self._inv_freq = self._inv_freq / weights.rope_freqs
 
-    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> KvCache:
+    def new_cache(self, context_length: int, kind: str = KV_KINDS[0]) -> TokenCache:
         """An empty cache of keys and values. Raises OptionError."""
-        return KvCache(self.config, context_length, kind)
+        return self.backend.kv_cache(self.config, context_length, kind)
 
-    def forward(self, token_ids: np.ndarray, cache: KvCache, *, all_logits: bool = False) -> np.ndarray:
+    def prepare(self, context_length: int, kind: str = KV_KINDS[0]) -> None:
+        """Let the backend put the weights where it uses them, beside a cache of that size. Raises OptionError."""
+        self.backend.prepare(self._compute, self.new_cache(context_length, kind))
+
+    def forward(self, token_ids: np.ndarray, cache: TokenCache, *, all_logits: bool = False) -> np.ndarray:
         """Run T tokens behind those in the cache. token_ids i64[T] -> f32[T, vocab], or f32[1, vocab] of the last.
 
         Raises ShapeError for ids outside the vocabulary and for more tokens than the cache has room for.
@@ -123,22 +127,31 @@ class Llama:
         cache.advance(len(token_ids))
         return logits
 
-    def _compute(self, ops: Operations, token_ids: np.ndarray, cache: KvCache, all_logits: bool) -> np.ndarray:
-        """The pass itself. All arithmetic is done by `ops`: between them arrays are only cut and reshaped."""
-        c = self.config
-        cos, sin = self.rotations(ops, cache, len(token_ids))
-        h = ops.embed(self.weights.embed_tokens, token_ids)
-        for index, layer in enumerate(self.weights.layers):
+    def _compute(
+        self, ops: Operations, source: Array, cache: TokenCache, all_logits: bool, layers: range | None = None
+    ) -> Array:
+        """The pass itself, or some of its layers, as `Compute` says.
+
+        All arithmetic is done by `ops`: between them arrays are only cut and reshaped.
+        """
+        c, everything = self.config, range(len(self.weights.layers))
+        layers = layers or everything
+        cos, sin = self.rotations(ops, cache, len(source))
+        h = source if layers.start else ops.embed(self.weights.embed_tokens, source)
+        for index in layers:
+            layer = self.weights.layers[index]
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
-            h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index))
+            h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index - layers.start))
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
-            following = self.weights.layers[index + 1 : index + 2]
+            following = self.weights.layers[index + 1 : min(index + 2, layers.stop)]
             h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
+        if layers.stop < everything.stop:
+            return h
         if not all_logits:
             h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
 
-    def rotations(self, ops: Operations, cache: KvCache, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def rotations(self, ops: Operations, cache: TokenCache, n_tokens: int) -> tuple[Array, Array]:
         """cos and sin of the next positions, f32[T,N/2] each."""
         scaling = self.config.rope_scaling
         return ops.rotations(cache, n_tokens, self._inv_freq, scaling.attention_factor if scaling else 1.0)
@@ -147,12 +160,12 @@ class Llama:
         self,
         ops: Operations,
         w: Attention,
-        x: np.ndarray,
-        cos: np.ndarray,
-        sin: np.ndarray,
-        cache: KvCache,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        cache: TokenCache,
         layer: int,
-    ) -> np.ndarray:
+    ) -> Array:
         """Grouped-query attention. x f32[T,D] -> f32[T,D]. Source: arXiv 2305.13245, section 2.2."""
         c, n_tokens = self.config, len(x)
         q, k, v = ops.linear(x, w.q_proj, w.k_proj, w.v_proj)
@@ -163,12 +176,12 @@ class Llama:
         return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
 
     def feed_forward(
-        self, ops: Operations, w: MLP | MoE, x: np.ndarray, h: np.ndarray | None = None, following: Layer | None = None
-    ) -> np.ndarray:
+        self, ops: Operations, w: MLP | MoE, x: Array, h: Array | None = None, following: Layer | None = None
+    ) -> Array:
         """A dense MLP, or routed experts. x f32[T,D] -> f32[T,D]."""
         return feed_forward(ops, self.route, self.config.rms_norm_eps, w, x, h, following)
 
-    def route(self, ops: Operations, w: MoE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def route(self, ops: Operations, w: MoE, x: Array) -> tuple[Array, Array]:
         """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""
         return ops.route(
             ops.linear(x, w.gate)[0],
