@@ -117,8 +117,8 @@ def decode_blocks(blocks: np.ndarray, rank: int, rope: int) -> tuple[np.ndarray,
     codes, keys, scales = np.split(blocks, [64 * quads, 64 * (quads + pairs)], axis=1)
     # a code with a bias wraps to its sign
     codes = (codes - np.uint8(SIGN_BIAS)).view(np.int8).reshape(-1, quads, BLOCK_TOKENS, 4).transpose(0, 2, 1, 3)
-    steps = np.ascontiguousarray(scales).view(np.float32).reshape(len(blocks), -1, BLOCK_TOKENS).transpose(0, 2, 1)
-    steps = steps.reshape(len(codes) * BLOCK_TOKENS, -1)
+    blocks_steps = np.ascontiguousarray(scales).view(np.float32).reshape(len(blocks), -1, BLOCK_TOKENS)
+    steps = blocks_steps.transpose(0, 2, 1).reshape(len(codes) * BLOCK_TOKENS, -1)
     latents = codes.reshape(-1, 4 * quads)[:, :rank] * np.repeat(steps[:, :-1], GROUP, 1)[:, :rank]
     return latents, decode_rope_keys(keys, steps[:, -1:], rope)
 
