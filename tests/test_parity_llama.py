@@ -112,8 +112,8 @@ def mean_divergence(of, to):
 
 def test_embedded_model(measured):
     ids, ours, theirs, exact = measured
-    # llama.cpp rounds other sums on each kind of CPU, and is itself up to 9e-4 from exact arithmetic: where it is off by
-    # more than usual, so is what separates the two. How far ours may be off is the next test.
+    # llama.cpp rounds other sums on each kind of CPU, and is itself up to 9e-4 from exact arithmetic: where it is off
+    # by more than usual, so is what separates the two. How far ours may be off is the next test.
     assert mean_divergence(theirs, ours) < max(1e-3, 1.5 * mean_divergence(exact, theirs))
     following = np.arange(len(ids) - 1), ids[1:]
     perplexity_ours, perplexity_theirs = (np.exp(-log_p[following].mean()) for log_p in (ours, theirs))
