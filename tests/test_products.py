@@ -17,6 +17,7 @@ from block_rows import random_rows, whole_activations
 from edge_moe.errors import FormatError, ShapeError
 from edge_moe.formats import FORMATS
 from edge_moe.kernels import products
+from edge_moe.kernels.launch import first_of_unit
 
 # The subprocesses of the last test check chosen formats only.
 _CHOSEN = os.environ.get("EDGE_MOE_TEST_FORMATS")
@@ -226,3 +227,23 @@ def test_other_cpus(cpu):
     chosen = ["-k", "test_linear and not several or decode_rows"]
     done = subprocess.run(command + chosen, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@numba.njit
+def _first_of_unit(unit, n_items, shares, least):
+    return first_of_unit(unit, n_items, shares, least)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 8])
+@pytest.mark.parametrize(("n_items", "least"), [(1, 1), (7, 1), (16, 16), (64, 2), (16896, 14), (100_003, 7)])
+def test_units_are_long_runs_first(n_items, shares, least):
+    """Each item is in one unit, units get shorter down to the least, and the first of all threads are half of it."""
+    firsts = [0]
+    while firsts[-1] < n_items:
+        firsts.append(_first_of_unit(len(firsts), n_items, shares, least))
+    lengths = np.diff(firsts)
+    assert (lengths >= least).all()
+    assert (np.diff(lengths) <= 0).all()
+    if n_items >= 8 * shares * least:
+        assert n_items / 2 - shares <= firsts[shares] <= n_items / 2
+        assert lengths[-1] <= 2 * least
