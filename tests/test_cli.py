@@ -285,8 +285,8 @@ def test_info_json(capsys):
     assert sum(part["bytes"] for part in document["parts"]) == sum(document["formats"].values())
     # two layers, 256 positions, 32 + 8 values, filled up to 48 in bf16; as bytes, with a scale and 8 in bf16 in int8
     assert document["memory"][0]["cache_bytes"] == 2 * 256 * 48 * 2
-    by_kind = {"bf16": 2 * 256 * 48 * 2, "int8": 2 * 256 * (32 + 2 * 8 + 4), "f32": 2 * 256 * 48 * 4}
-    by_kind["int4"] = 2 * 256 * (16 + 2 * 8 + 8 + 4)  # two scales, and a step and a middle up to 64 bytes a block
+    by_kind = {"bf16": 2 * 256 * 48 * 2, "int8": 2 * 256 * (32 + 2 * 8 + 8), "f32": 2 * 256 * 48 * 4}
+    by_kind["int4"] = 2 * 256 * (16 + 2 * 8 + 12 + 4)  # three scales, and a step and a middle up to 64 bytes a block
     assert document["memory"][0]["cache_bytes_by_kind"] == by_kind
     assert document["tokenizer"] == {
         "kind": "gpt2",
