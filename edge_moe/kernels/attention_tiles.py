@@ -40,7 +40,6 @@ MAX_PROBABILITY = (1 << 2 * LOW_BITS) - 1 if BY_BYTES else 32767
 PAIRS = BY_BYTES and TARGET.registers * TARGET.register_bytes >= 2048  # there are registers for two tiles of sums
 
 CODES = SimpleNamespace(signed=True, max_code=-1)
-u32x16, u16x16 = Vector(types.uint32, 16), Vector(types.uint16, 16)
 
 
 @intrinsic

@@ -33,7 +33,7 @@ class _VectorModel(models.PrimitiveModel):
 # The kernels think in 64 bytes: one register of AVX-512, two of AVX2, four of NEON or SSE.
 u8x64, i8x64 = Vector(types.uint8, 64), Vector(types.int8, 64)
 u8x32, i8x32 = Vector(types.uint8, 32), Vector(types.int8, 32)
-u8x16, i8x16, u8x8 = Vector(types.uint8, 16), Vector(types.int8, 16), Vector(types.uint8, 8)
+u8x16, i8x16 = Vector(types.uint8, 16), Vector(types.int8, 16)
 u16x32, i16x32 = Vector(types.uint16, 32), Vector(types.int16, 32)
 u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
