@@ -1,10 +1,10 @@
 """The latent cache in 8 bits: the methods of its format that attention.py is written in.
 
-16 tokens form a block: codes [rank / 4][16 tokens][4 dims] with a sign, rope keys as pairs of 13 bits with a sign in 16
-[rope / 2][16][2], and a float scale for each token and each 128 dims of the latent, and one for its rope key,
-[groups + 1][16]. A latent is filled up with zeros to a
-multiple of 4, a rope key to one of 2. Codes are stored by `stored_sign`, as the CPU multiplies them. Both as keys and
-as values they are multiplied as whole numbers, once a load for all heads of a tile.
+16 tokens form a block: codes [rank / 4][16 tokens][4 dims] with a sign; rope keys as pairs of 13 bits with a sign, each
+in 16 [rope / 2][16][2]; and for each token a float scale for each 128 dims of the latent and one for its rope key,
+[groups + 1][16]. A latent is filled up with zeros to a multiple of 4, a rope key to one of 2. Codes are stored by
+`stored_sign`, as the CPU multiplies them. Both as keys and as values they are multiplied as whole numbers, once a load
+for all heads of a tile.
 """
 
 import numpy as np

@@ -93,8 +93,7 @@ def _block_row_dot(fmt, row, x, n_cols):
             a = row + i * size
             b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
             prefetch(a + PREFETCH_BYTES)
-            if 4 * size > 64:
-                prefetch(a + PREFETCH_BYTES + 64)
+            prefetch(a + PREFETCH_BYTES + 64)
             own = load_halves(a, b, c, d)
             both = own * load(f32x4, scales + 4 * i)
             even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
