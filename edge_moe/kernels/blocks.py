@@ -30,6 +30,7 @@ from edge_moe.kernels.simd import (
     from_bfloat,
     from_half,
     hidden,
+    high_half,
     i8x16,
     i16x16,
     i16x32,
@@ -46,9 +47,11 @@ from edge_moe.kernels.simd import (
     u8x16,
     u8x32,
     u8x64,
+    u16x8,
     u16x16,
     u16x32,
     u32x8,
+    u32x16,
     view,
 )
 
@@ -88,6 +91,9 @@ class SuperblockFormat(FormatTag):
     ) -> None:
         super().__init__(format_name, block_bytes, max_code, group)
         self.d_offset, self.has_dmin = d_offset, has_dmin
+        self.order = ((0, 64), (32, 96), (128, 192), (160, 224)) if group == 32 and has_dmin else None
+        # of each pair of chunks the scale of each of 32 packed sums
+        self.scale_order = [[4 * k + i // 16 * 2 + i // 4 % 2 for i in range(32)] for k in range(2)]
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -156,6 +162,16 @@ def _superblock_codes(fmt, block, chunk):
 @overload_method(SuperblockFormat, "scales_of_two")
 def _superblock_scales_of_two(fmt, a, b):
     return _METHODS[fmt.format_name, "scales_of_two"]
+
+
+@overload_method(SuperblockFormat, "scales_of_four")
+def _superblock_scales_of_four(fmt, a, b, c, d):
+    return _METHODS[fmt.format_name, "scales_of_four"]
+
+
+@overload_method(SuperblockFormat, "code_pair")
+def _superblock_code_pair(fmt, block, k):
+    return _METHODS[fmt.format_name, "code_pair"]
 
 
 @overload_method(SuperblockFormat, "scales")
@@ -294,6 +310,35 @@ def _q4_k_scales(fmt, a, b):
     upper = _upper_bits(view(u8x32, view(u32x8, _words_aabb(raw)) >> types.uint32(2)))
     both = hidden(convert(i16x32, own | upper))  # LLVM would widen what is picked once more for each pick
     return _first_8s_twice(both), _second_8s_twice(both)
+
+
+_q4k_acbc = picker([i + w for i in (0, 16, 32, 48) for w in (*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16))])
+_q4k_aabb = picker([i + w for i in (0, 16, 32, 48) for w in (*range(4, 8), *range(4, 8), *range(8, 12), *range(8, 12))])
+_q4k_shift, _q4k_bits, _q4k_upper = shifter((0, 0, 0, 4) * 4), masker((63, 15, 63, 15) * 4), masker((0, 0x30, 0, 0x30) * 4)
+_first_8s = picker([16 * i + j for i in range(4) for j in range(8)])
+_second_8s = picker([16 * i + 8 + j for i in range(4) for j in range(8)])
+_first_words = picker([0, 4, 8, 12])
+
+
+@method("scales_of_four", Q4_K, Q5_K)
+def _q4_k_scales_of_four(fmt, a, b, c, d):
+    raw = join(join(load(u8x16, a), load(u8x16, b)), join(load(u8x16, c), load(u8x16, d)))
+    own = _q4k_bits(view(u8x64, _q4k_shift(view(u32x16, _q4k_acbc(raw)))))
+    upper = _q4k_upper(view(u8x64, view(u32x16, _q4k_aabb(raw)) >> types.uint32(2)))
+    both = hidden(own | upper)
+    halves = from_half(view(u16x8, _first_words(view(u32x16, raw))))
+    return (
+        hidden(convert(i16x32, low_half(both))),
+        hidden(convert(i16x32, high_half(both))),
+        convert(i16x32, _second_8s(both)),
+        halves,
+    )
+
+
+@method("code_pair", Q4_K)
+def _q4_k_code_pair(fmt, block, k):
+    raw = load(u8x64, block + 16 + 64 * k)
+    return raw & types.uint8(15), view(u8x64, view(u16x32, raw) >> types.uint16(4)) & types.uint8(15)
 
 
 @method("codes", Q4_K)

@@ -201,6 +201,46 @@ def add_scaled_dot(typingctx: Any, fmt: Any, total: Any, codes: Any, x: Any, sca
 
 
 @intrinsic
+def add_dot(typingctx: Any, total: Any, codes: Any, x: Any) -> Any:
+    """total i32x16 + dot(codes, x), where bytes are added straight into 32 bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _add_dot(builder, *args)
+
+    return i32x16(total, codes, x), codegen
+
+
+@intrinsic
+def packed_sums(typingctx: Any, a: Any, b: Any) -> Any:
+    """i32x16 and i32x16 whose numbers fit 16 bits -> i16x32: four of a, four of b, and so on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        names = {16: "avx512.packssdw.512", 8: "avx2.packssdw", 4: "sse2.packssdw.128"}
+
+        def one(u: ir.Value, v: ir.Value) -> ir.Value:
+            n = u.type.count
+            if TARGET.is_x86:
+                return call(builder, f"llvm.x86.{names[n]}", ir.VectorType(I16, 2 * n), [u, v])
+            halves = [builder.bitcast(w, ir.VectorType(I16, 2 * n)) for w in (u, v)]
+            order = [2 * (i + j) + 2 * n * w for i in range(0, n, 4) for w in (0, 1) for j in range(4)]
+            return rearrange(builder, halves[0], order, halves[1])
+
+        return _in_registers(builder, list(args), one)
+
+    return Vector(types.int16, 32)(a, b), codegen
+
+
+@intrinsic
+def add_scaled_pairs(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
+    """total i32x16 + pair_dot(a, b)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return add_pair_sums_32(builder, *args)
+
+    return i32x16(total, a, b), codegen
+
+
+@intrinsic
 def pair_dot(typingctx: Any, a: Any, b: Any) -> Any:
     """i16 x i16 -> i32, sums of two neighbouring products."""
 

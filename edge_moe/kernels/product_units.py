@@ -6,7 +6,7 @@ For few tokens a row's blocks are multiplied as they are; for many, 16 rows at a
 import numpy as np
 from numba import types
 
-from edge_moe.kernels import panels, rows  # noqa: F401 (their methods of the formats)
+from edge_moe.kernels import panels, row_quads, rows  # noqa: F401 (their methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import first_of_unit
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
@@ -24,6 +24,7 @@ ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE = range(GROUP_FIELDS)
 # Without panels the memory is the limit, and long runs of it are read faster: units are those of `first_of_unit`, down
 # to such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
 LEAST_UNIT_BYTES = 16384
+PREFETCH_BYTES = 8192
 
 
 @inline_kernel
@@ -33,15 +34,16 @@ def field(plan, i):
 
 
 @spliced_kernel
-def _few_tokens(fmt, plan, group, row, row_end):
-    """Rows times tokens, straight from the blocks."""
+def _few_tokens(fmt, plan, group, row, row_end, ahead):
+    """Rows times tokens, straight from the blocks, while what lies `ahead` bytes behind them is fetched."""
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)
-    n_rows, out = field(group, N_ROWS), field(group, OUT)
-    for r in range(row, row_end):
-        address = field(group, ADDRESS) + r * row_bytes
-        for m in range(field(group, BEGIN), field(group, END)):
+    n_rows, out, begin, end = field(group, N_ROWS), field(group, OUT), field(group, BEGIN), field(group, END)
+    address = field(group, ADDRESS) + row * row_bytes
+    for r in range(row, row_end, fmt.rows_at_once()):
+        for m in range(begin, end):
             x = load(types.int64, tokens + 8 * m)
-            store(out + 4 * (m * n_rows + r), fmt.row_dot(address, x, n_cols))
+            fmt.rows_dot(address, row_bytes, row_end - r, x, n_cols, out + 4 * (m * n_rows + r), address + ahead)
+        address += fmt.rows_at_once() * row_bytes
 
 
 @spliced_kernel
@@ -63,33 +65,77 @@ def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
                     store(out + 4 * r, load(types.float32, scratch + 64 * t + 4 * r))
 
 
-@kernel
-def product_units(fmt, plan):
-    """Multiply units of rows as long as the plan has some."""
-    n_groups, row_bytes, shares = field(plan, N_GROUPS), field(plan, ROW_BYTES), field(plan, SHARES)
-    group, rows_begin = plan + 8 * GROUPS, 0
-    n_rows = field(group + 8 * GROUP_FIELDS * (n_groups - 1), ROWS_END)
-    least = (LEAST_UNIT_BYTES + row_bytes - 1) // row_bytes
-    memory = np.empty(fmt.panel_bytes(field(plan, N_COLS)) + 2048 if shares == 0 else 0, np.uint8)
-    scratch = (address_of(memory) + 63) & ~63
-    while True:
-        unit = fetch_add(plan, 1)
-        row, stop = TILE_ROWS * unit, TILE_ROWS * (unit + 1)
-        if shares:
-            row, stop = first_of_unit(unit, n_rows, shares, least), first_of_unit(unit + 1, n_rows, shares, least)
-        if row >= n_rows:
-            return memory.size  # the memory must live until here
-        stop = min(stop, n_rows)
+@spliced_kernel
+def _units_of_rows(fmt, plan, n_rows):
+    """Multiply units of rows straight from the blocks; what comes next is always being fetched."""
+    row_bytes, shares, at_once = field(plan, ROW_BYTES), field(plan, SHARES), fmt.rows_at_once()
+    n_items, step_bytes = (n_rows + at_once - 1) // at_once, row_bytes * at_once
+    least = (LEAST_UNIT_BYTES + step_bytes - 1) // step_bytes
+    reach = (PREFETCH_BYTES + step_bytes - 1) // step_bytes * at_once
+    group = ahead_group = plan + 8 * GROUPS
+    rows_begin = ahead_begin = 0
+    unit = fetch_add(plan, 1)
+    row = first_of_unit(unit, n_items, shares, least) * at_once
+    while row < n_rows:
+        stop = min(first_of_unit(unit + 1, n_items, shares, least) * at_once, n_rows)
+        following = -1
         while row < stop:
+            if following < 0 and row + reach >= stop:  # the next unit is taken when its first rows are to be fetched
+                unit = fetch_add(plan, 1)
+                following = first_of_unit(unit, n_items, shares, least) * at_once
             while row >= field(group, ROWS_END):
                 rows_begin = field(group, ROWS_END)
                 group += 8 * GROUP_FIELDS
-            own_row, own_end = row - rows_begin, min(stop - rows_begin, field(group, N_ROWS))
-            if shares == 0 and field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
-                _many_tokens(fmt, plan, group, own_row, own_end, scratch, scratch + 1024)
+            end = min(stop, field(group, ROWS_END))
+            # rows from here to `end`, as far as those to be fetched meanwhile lie one behind the other
+            ahead = row + reach
+            if following < 0:
+                end = min(end, stop - reach)
             else:
-                _few_tokens(fmt, plan, group, own_row, own_end)
-            row = min(stop, field(group, ROWS_END))
+                ahead += following - stop
+            address = field(group, ADDRESS) + (row - rows_begin) * row_bytes
+            distance = 0
+            if ahead < n_rows:
+                while ahead >= field(ahead_group, ROWS_END):
+                    ahead_begin = field(ahead_group, ROWS_END)
+                    ahead_group += 8 * GROUP_FIELDS
+                end = min(end, row + field(ahead_group, ROWS_END) - ahead)
+                distance = field(ahead_group, ADDRESS) + (ahead - ahead_begin) * row_bytes - address
+            _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance)
+            row = end
+        row = following
+
+
+@spliced_kernel
+def _units_of_panels(fmt, plan, n_rows):
+    """Multiply units of 16 rows by way of panels, where a group has tokens enough."""
+    memory = np.empty(fmt.panel_bytes(field(plan, N_COLS)) + 2048, np.uint8)
+    scratch = (address_of(memory) + 63) & ~63
+    group, rows_begin = plan + 8 * GROUPS, 0
+    while True:
+        row = TILE_ROWS * fetch_add(plan, 1)
+        if row >= n_rows:
+            return memory.size  # the memory must live until here
+        while row >= field(group, ROWS_END):
+            rows_begin = field(group, ROWS_END)
+            group += 8 * GROUP_FIELDS
+        row -= rows_begin
+        end = min(row + TILE_ROWS, field(group, N_ROWS))
+        if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
+            _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
+            continue
+        _few_tokens(fmt, plan, group, row, end, PREFETCH_BYTES)
+
+
+@kernel
+def product_units(fmt, plan):
+    """Multiply units of rows as long as the plan has some."""
+    n_rows = field(plan + 8 * (GROUPS + GROUP_FIELDS * (field(plan, N_GROUPS) - 1)), ROWS_END)
+    if field(plan, SHARES):
+        _units_of_rows(fmt, plan, n_rows)
+    else:
+        _units_of_panels(fmt, plan, n_rows)
+    return 0
 
 
 @kernel

@@ -35,8 +35,6 @@ from edge_moe.kernels.simd import (
     view,
 )
 
-PREFETCH_BYTES = 8192
-
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
 _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
@@ -51,13 +49,13 @@ _first_16 = picker(range(16))
 
 
 @inlined_method(FloatFormat, "row_dot")
-def _float_row_dot(fmt, row, x, n_cols):
+def _float_row_dot(fmt, row, x, n_cols, ahead):
     size = fmt.block_bytes
 
-    def row_dot(fmt, row, x, n_cols):
+    def row_dot(fmt, row, x, n_cols, ahead):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
-            prefetch(row + i * size + PREFETCH_BYTES)
+            prefetch(ahead + i * size)
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
             b = fma(fmt.load(row + (i + 16) * size), load(f32x16, x + 4 * i + 64), b)
             c = fma(fmt.load(row + (i + 32) * size), load(f32x16, x + 4 * i + 128), c)
@@ -80,10 +78,10 @@ def _add_pair(fmt, first, second, x, scales, total):
 
 
 @inlined_method(BlockFormat, "row_dot")
-def _block_row_dot(fmt, row, x, n_cols):
+def _block_row_dot(fmt, row, x, n_cols, ahead):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def row_dot(fmt, row, x, n_cols):
+    def row_dot(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
@@ -92,8 +90,8 @@ def _block_row_dot(fmt, row, x, n_cols):
         for i in range(0, n_blocks, 4):
             a = row + i * size
             b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-            prefetch(a + PREFETCH_BYTES)
-            prefetch(a + PREFETCH_BYTES + 64)
+            prefetch(ahead + i * size)
+            prefetch(ahead + i * size + 64)
             own = load_halves(a, b, c, d)
             both = own * load(f32x4, scales + 4 * i)
             even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
@@ -135,10 +133,10 @@ def _factors_of_two(fmt, a, b):
 
 
 @inlined_method(SuperblockFormat, "row_dot")
-def _superblock_row_dot(fmt, row, x, n_cols):
+def _superblock_row_dot(fmt, row, x, n_cols, ahead):
     size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
-    def row_dot(fmt, row, x, n_cols):
+    def row_dot(fmt, row, x, n_cols, ahead):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
@@ -148,7 +146,7 @@ def _superblock_row_dot(fmt, row, x, n_cols):
             a = row + i * size
             b, x_b = min(a + size, last), min(x + 256 * i + 256, last_x)
             for line in range(0, 2 * size, 64):
-                prefetch(a + line + PREFETCH_BYTES)
+                prefetch(ahead + i * size + line)
             s, m = fmt.scales_of_two(a, b)
             factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
             first = _superblock_dot(fmt, a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s))

@@ -37,7 +37,10 @@ u8x16, i8x16 = Vector(types.uint8, 16), Vector(types.int8, 16)
 u16x32, i16x32 = Vector(types.uint16, 32), Vector(types.int16, 32)
 u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
+u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
+i16x8 = Vector(types.int16, 8)
+u16x8, u32x4 = Vector(types.uint16, 8), Vector(types.uint32, 4)
 u16x4, f32x2, f32x4 = Vector(types.uint16, 4), Vector(types.float32, 2), Vector(types.float32, 4)
 
 
@@ -140,7 +143,7 @@ def _prefetcher(locality: int) -> Any:
 
 
 # What will be read soon, into all levels of the cache; what will be read later, past the first level.
-prefetch, prefetch_far = _prefetcher(3), _prefetcher(2)
+prefetch, prefetch_far = _prefetcher(0), _prefetcher(2)
 
 
 @intrinsic
