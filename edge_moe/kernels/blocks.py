@@ -25,6 +25,8 @@ from edge_moe.kernels.dots import SIGN_BIAS, stored_sign
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     add_bits,
+    add_set_bits,
+    bit_field,
     convert,
     f32x16,
     from_bfloat,
@@ -50,6 +52,7 @@ from edge_moe.kernels.simd import (
     u16x8,
     u16x16,
     u16x32,
+    u16x64,
     u32x8,
     u32x16,
     view,
@@ -78,9 +81,18 @@ class BlockFormat(FormatTag):
 
     group = 32
 
-    def __init__(self, format_name: str, block_bytes: int, max_code: int, offset: int | None) -> None:
+    def __init__(
+        self,
+        format_name: str,
+        block_bytes: int,
+        max_code: int,
+        offset: int | None,
+        nibbles: int = 0,
+        bits: int = 0,
+    ) -> None:
+        """nibbles, bits: where in a block those of the codes and their fifth bits begin, if it has such."""
         super().__init__(format_name, block_bytes, max_code)
-        self.offset = offset
+        self.offset, self.nibbles, self.bits = offset, nibbles, bits
 
 
 class SuperblockFormat(FormatTag):
@@ -101,9 +113,9 @@ for _family in (FloatFormat, BlockFormat, SuperblockFormat):
 
 SIGNED = -1
 F32, F16, BF16 = FloatFormat("F32", 4), FloatFormat("F16", 2), FloatFormat("BF16", 2)
-Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15, 8), BlockFormat("Q4_1", 20, 15, None)
-Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31, 16), BlockFormat("Q5_1", 24, 31, None)
-Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED, SIGN_BIAS), BlockFormat("IQ4_NL", 18, SIGNED, SIGN_BIAS)
+Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15, 8, 2), BlockFormat("Q4_1", 20, 15, None, 4)
+Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31, 16, 6, 2), BlockFormat("Q5_1", 24, 31, None, 8, 4)
+Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED, SIGN_BIAS), BlockFormat("IQ4_NL", 18, SIGNED, SIGN_BIAS, 2)
 Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108)
 Q4_K, Q5_K = SuperblockFormat("Q4_K", 144, 15, 32, 0, True), SuperblockFormat("Q5_K", 176, 31, 32, 0, True)
 Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
@@ -233,7 +245,7 @@ def _bf16_load_one(fmt, address):
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
 _shift_0_4, _shift_0_2, _shift_0_1 = shifter((0, 4)), shifter((0, 2)), shifter((0, 1))
-_shift_0_4_0_4 = shifter((0, 4, 0, 4))
+_low_high_twice, _high = bit_field((0, 4, 0, 4), 15), bit_field((4,), 15)
 
 
 @inline_kernel
@@ -247,8 +259,7 @@ def _twice(address):
 def _nibbles_of_16(first, second):
     """16 bytes at each of two addresses -> of each the low, then the high nibbles."""
     a, b = load(u8x16, first), load(u8x16, second)
-    both = view(u16x32, join(join(a, a), join(b, b)))
-    return view(u8x64, _shift_0_4_0_4(both)) & types.uint8(15)
+    return _low_high_twice(join(join(a, a), join(b, b)))
 
 
 # ---- blocks of 32
@@ -281,14 +292,43 @@ def _iq4_nl_codes(fmt, first, second):
 
 @method("codes", Q5_0)
 def _q5_0_codes(fmt, first, second):
-    low = _nibbles_of_16(first + 6, second + 6)
+    low = hidden(_nibbles_of_16(first + 6, second + 6))
     return add_bits(low, load(types.uint32, first + 2), load(types.uint32, second + 2), 16)
 
 
 @method("codes", Q5_1)
 def _q5_1_codes(fmt, first, second):
-    low = _nibbles_of_16(first + 8, second + 8)
+    low = hidden(_nibbles_of_16(first + 8, second + 8))
     return add_bits(low, load(types.uint32, first + 4), load(types.uint32, second + 4), 16)
+
+
+def _in_two_loads(at, size):
+    """Where a byte of four blocks is in a load of their first 64 bytes and one of their last."""
+    return at if at < 64 else 64 + at - (4 * size - 64)
+
+
+@overload_method(BlockFormat, "codes_of_four")
+def _codes_of_four(fmt, block):
+    size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
+    nibbles_of = [picker([_in_two_loads((2 * p + i // 32) * size + nibbles + i % 16, size) for i in range(64)]) for p in range(2)]
+    bits_of = [picker([_in_two_loads((2 * p + i // 32) * size + bits + i % 32 // 8, size) for i in range(64)]) for p in range(2)]
+    (nibbles_01, nibbles_23), (bits_01, bits_23) = nibbles_of, bits_of
+    scales_of = picker([_in_two_loads(k * size, size) // 2 for k in range(4)])
+    minimums_of = picker([_in_two_loads(k * size + 2, size) // 2 for k in range(4)])
+    back = 4 * size - 64
+
+    def codes_of_four(fmt, block):
+        """The codes of the first and of the second two of four blocks, their scales and minimums u16x4."""
+        both = join(load(u8x64, block), load(u8x64, block + back))
+        low, high = _low_high_twice(nibbles_01(both)), _low_high_twice(nibbles_23(both))
+        if bits:
+            low, high = add_set_bits(hidden(low), bits_01(both), 16), add_set_bits(hidden(high), bits_23(both), 16)
+        halves = view(u16x64, both)
+        if is_table:
+            return stored_sign(_iq4_value(low)), stored_sign(_iq4_value(high)), scales_of(halves), minimums_of(halves)
+        return low, high, scales_of(halves), minimums_of(halves)
+
+    return codes_of_four
 
 
 # ---- superblocks of 256
@@ -338,7 +378,7 @@ def _q4_k_scales_of_four(fmt, a, b, c, d):
 @method("code_pair", Q4_K)
 def _q4_k_code_pair(fmt, block, k):
     raw = load(u8x64, block + 16 + 64 * k)
-    return raw & types.uint8(15), view(u8x64, view(u16x32, raw) >> types.uint16(4)) & types.uint8(15)
+    return raw & types.uint8(15), _high(raw)
 
 
 @method("codes", Q4_K)

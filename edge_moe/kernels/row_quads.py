@@ -16,6 +16,7 @@ from edge_moe.kernels.simd import (
     f32x16,
     first_lane,
     fma,
+    from_half,
     high_half,
     i8x32,
     i8x64,
@@ -47,7 +48,9 @@ _four_times = picker([i % 8 for i in range(32)])
 
 def has_quads(fmt: FormatTag) -> bool:
     """Whether four rows at a time are worth it."""
-    return TARGET.dot == "avx512vnni" and isinstance(fmt, SuperblockFormat) and fmt.order is not None
+    if isinstance(fmt, SuperblockFormat):
+        return TARGET.dot == "avx512vnni" and fmt.order is not None
+    return TARGET.has_vbmi and TARGET.dot == "avx512vnni" and isinstance(fmt, BlockFormat) and fmt.nibbles > 0
 
 
 def _rows_at_once(fmt):
@@ -63,7 +66,13 @@ def _rows_dot(fmt, row, row_bytes, n_rows, x, n_cols, out, ahead):
 
         return one
 
+    whole = 128 if isinstance(fmt, BlockFormat) else 1
+
     def four(fmt, row, row_bytes, n_rows, x, n_cols, out, ahead):
+        if n_cols % whole:
+            for i in range(min(n_rows, ROWS)):
+                store(out + 4 * i, fmt.row_dot(row + i * row_bytes, x, n_cols, ahead + i * row_bytes))
+            return
         last = row + (n_rows - 1) * row_bytes
         b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
         sums = fmt.four_rows_dot(row, b, c, d, x, n_cols, ahead)
@@ -128,6 +137,63 @@ def _superblock_four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
         cd = join(low_half(total_c), low_half(total_d)) + join(high_half(total_c), high_half(total_d))
         abcd = join(ab, cd)
         quads = _even_32(abcd) + _odd_32(abcd) - minimums
+        pairs = _even_16(quads) + _odd_16(quads)
+        return _even_8(pairs) + _odd_8(pairs)
+
+    return four_rows_dot
+
+
+_pairs = [picker([4 * r + 2 * p + i // 8 for i in range(16)]) for r in range(4) for p in range(2)]
+_a_01, _a_23, _b_01, _b_23, _c_01, _c_23, _d_01, _d_23 = _pairs
+
+
+@inline_kernel
+def _add_four_blocks(total, first, second, x_01, x_23, scales_01, scales_23):
+    none = splat(i32x16, types.int32(0))
+    total = fma(convert(f32x16, add_dot(none, first, x_01)), scales_01, total)
+    return fma(convert(f32x16, add_dot(none, second, x_23)), scales_23, total)
+
+
+@inline_kernel
+def _four_times_4(v):
+    return join(join(v, v), join(v, v))
+
+
+@inlined_method(BlockFormat, "four_rows_dot")
+def _block_four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
+    size, offset = fmt.block_bytes, fmt.offset
+
+    def four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
+        """Four blocks of each row at a time."""
+        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
+        total_a = total_b = total_c = total_d = minimums = splat(f32x16, types.float32(0.0))
+        for i in range(0, n_cols // 32, 4):
+            at = i * size
+            for line in range(0, 16 * size, 64):
+                prefetch(ahead + 4 * at + line)
+            x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
+            a_first, a_second, d_a, m_a = fmt.codes_of_four(a + at)
+            b_first, b_second, d_b, m_b = fmt.codes_of_four(b + at)
+            c_first, c_second, d_c, m_c = fmt.codes_of_four(c + at)
+            d_first, d_second, d_d, m_d = fmt.codes_of_four(d + at)
+            own = from_half(join(join(d_a, d_b), join(d_c, d_d)))
+            factors = own * _four_times_4(load(f32x4, scales + 4 * i))
+            total_a = _add_four_blocks(total_a, a_first, a_second, x_01, x_23, _a_01(factors), _a_23(factors))
+            total_b = _add_four_blocks(total_b, b_first, b_second, x_01, x_23, _b_01(factors), _b_23(factors))
+            total_c = _add_four_blocks(total_c, c_first, c_second, x_01, x_23, _c_01(factors), _c_23(factors))
+            total_d = _add_four_blocks(total_d, d_first, d_second, x_01, x_23, _d_01(factors), _d_23(factors))
+            if offset is None:
+                own = from_half(join(join(m_a, m_b), join(m_c, m_d)))
+            if offset != 0:
+                minimums = fma(own, _four_times_4(load(f32x4, sums + 4 * i)), minimums)
+        ab = join(low_half(total_a), low_half(total_b)) + join(high_half(total_a), high_half(total_b))
+        cd = join(low_half(total_c), low_half(total_d)) + join(high_half(total_c), high_half(total_d))
+        abcd = join(ab, cd)
+        quads = _even_32(abcd) + _odd_32(abcd)
+        if offset is None:
+            quads = quads + minimums
+        elif offset:
+            quads = quads - minimums * types.float32(offset)
         pairs = _even_16(quads) + _odd_16(quads)
         return _even_8(pairs) + _odd_8(pairs)
 

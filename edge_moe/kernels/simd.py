@@ -40,7 +40,7 @@ i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
 i16x8 = Vector(types.int16, 8)
-u16x8, u32x4 = Vector(types.uint16, 8), Vector(types.uint32, 4)
+u16x8, u32x4, u16x64 = Vector(types.uint16, 8), Vector(types.uint32, 4), Vector(types.uint16, 64)
 u16x4, f32x2, f32x4 = Vector(types.uint16, 4), Vector(types.float32, 2), Vector(types.float32, 4)
 
 
@@ -200,13 +200,15 @@ def convert(typingctx: Any, kind: Any, value: Any) -> Any:
 
 @intrinsic
 def hidden(typingctx: Any, value: Any) -> Any:
-    """The same vector, of which LLVM shall not know how it was made."""
+    """The same vector or whole number, of which LLVM shall not know how it was made."""
+    is_vector = isinstance(value, Vector)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         t = args[0].type
-        fits = value.lanes * value.element.bitwidth <= 8 * TARGET.register_bytes
+        fits = not is_vector or value.lanes * value.element.bitwidth <= 8 * TARGET.register_bytes
         if TARGET.is_x86 and fits:
-            return builder.asm(ir.FunctionType(t, [t]), "", "=v,0", args, side_effect=False)
+            place = "=v,0" if is_vector else "=r,0"
+            return builder.asm(ir.FunctionType(t, [t]), "", place, args, side_effect=False)
         return args[0]
 
     return value(value), codegen
@@ -290,6 +292,41 @@ def masker(masks: Sequence[int]) -> Any:
         return value(value), codegen
 
     return mask
+
+
+def bit_field(shifts: Sequence[int], mask: int, left: int = 0) -> Any:
+    """Make an operation on bytes: each part's are shifted right by its own constant, masked, and shifted left by `left`.
+
+    One instruction where the CPU has such for any rearrangement of a byte's bits.
+    """
+
+    @intrinsic
+    def field(typingctx: Any, value: Any) -> Any:
+        per_lane = [n for n in shifts for _ in range(value.lanes // len(shifts))]
+
+        def matrix(shift: int) -> int:
+            rows = [(i, i - left + shift) for i in range(8) if i >= left and mask >> (i - left) & 1]
+            return sum(1 << (source + 8 * (7 - i)) for i, source in rows if source < 8)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            t, v = llvm_type(value), args[0]
+            if TARGET.has_gfni and value.lanes == TARGET.register_bytes:
+                octets = ir.VectorType(ir.IntType(64), value.lanes // 8)
+                matrices = ir.Constant(octets, [matrix(n) for n in per_lane[::8]])
+                operands = [v, builder.bitcast(matrices, t), ir.Constant(ir.IntType(8), 0)]
+                return call(builder, f"llvm.x86.vgf2p8affineqb.{8 * value.lanes}", t, operands)
+            # in lanes of 16 bits: what comes over from a neighbour is masked away
+            wide = Vector(types.uint16, value.lanes // 2)
+            if any(per_lane):
+                v = builder.bitcast(builder.lshr(builder.bitcast(v, llvm_type(wide)), constant(wide, per_lane[::2])), t)
+            v = builder.and_(v, constant(value, mask))
+            if left:
+                v = builder.bitcast(builder.shl(builder.bitcast(v, llvm_type(wide)), constant(wide, left)), t)
+            return v
+
+        return value(value), codegen
+
+    return field
 
 
 # ---- arithmetic: a + b, a - b, a * b, a / b of floats, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
@@ -459,7 +496,7 @@ def load_halves(a, b, c, d):
     """The f16 numbers at four addresses, as f32x4."""
     low = types.uint64(load(types.uint16, a)) | (types.uint64(load(types.uint16, b)) << types.uint64(16))
     high = types.uint64(load(types.uint16, c)) | (types.uint64(load(types.uint16, d)) << types.uint64(16))
-    return from_half(view(u16x4, low | (high << types.uint64(32))))
+    return from_half(view(u16x4, hidden(low | (high << types.uint64(32)))))  # LLVM would put one by one into a register
 
 
 @intrinsic
@@ -553,3 +590,17 @@ def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) ->
         return builder.or_(codes, builder.select(is_set, byte, constant(u8x64, 0)))
 
     return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
+
+
+@intrinsic
+def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
+    """codes u8x64 + `value` where bit i % 8 of the byte is set that lane i of octets u8x64 holds."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        codes, octets, value = args
+        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
+        is_set = builder.icmp_unsigned("!=", builder.and_(octets, own_bit), constant(u8x64, 0))
+        byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
+        return builder.select(is_set, builder.add(codes, byte), codes)
+
+    return u8x64(u8x64, u8x64, types.int64), codegen

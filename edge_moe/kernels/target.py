@@ -12,6 +12,7 @@ _V2 = {"ssse3", "sse4.1"}
 _V3 = _V2 | {"avx2", "f16c", "fma"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _VNNI512 = _V4 | {"avx512vnni"}
+_GFNI = _VNNI512 | {"gfni", "avx512vbmi"}
 _FEATURES_OF_CPU = {
     "x86-64-v2": _V2,
     "nehalem": _V2,
@@ -25,10 +26,10 @@ _FEATURES_OF_CPU = {
     "x86-64-v4": _V4,
     "skylake-avx512": _V4,
     "cascadelake": _VNNI512,
-    "icelake-server": _VNNI512,
-    "sapphirerapids": _VNNI512,
-    "znver4": _VNNI512,
-    "znver5": _VNNI512,
+    "icelake-server": _GFNI,
+    "sapphirerapids": _GFNI,
+    "znver4": _GFNI,
+    "znver5": _GFNI,
 }
 
 Dot = Literal["avx512vnni", "avxvnni", "avx512", "avx2", "ssse3", "usdot", "sdot", "plain"]
@@ -44,6 +45,8 @@ class Target:
     register_bytes: int
     registers: int
     is_x86: bool = True
+    has_gfni: bool = False  # an instruction that rearranges the bits of bytes
+    has_vbmi: bool = False  # one that picks bytes from all of two registers
 
     @property
     def exact_u8(self) -> bool:
@@ -60,7 +63,8 @@ def target_of(triple: str, features: set[str]) -> Target:
         return Target("plain", "plain", False, 16, 32, is_x86=False)
     f16 = "f16c" in features
     if {"avx512bw", "avx512vl"} <= features:
-        return Target("avx512vnni" if "avx512vnni" in features else "avx512", "avx512", f16, 64, 32)
+        dot = "avx512vnni" if "avx512vnni" in features else "avx512"
+        return Target(dot, "avx512", f16, 64, 32, has_gfni="gfni" in features, has_vbmi="avx512vbmi" in features)
     if "avx2" in features:
         return Target("avxvnni" if "avxvnni" in features else "avx2", "avx2", f16, 32, 16)
     return Target("ssse3", "ssse3", f16, 16, 16) if "ssse3" in features else Target("plain", "plain", f16, 16, 16)
