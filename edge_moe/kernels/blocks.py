@@ -302,31 +302,27 @@ def _q5_1_codes(fmt, first, second):
     return add_bits(low, load(types.uint32, first + 4), load(types.uint32, second + 4), 16)
 
 
-def _in_two_loads(at, size):
-    """Where a byte of four blocks is in a load of their first 64 bytes and one of their last."""
-    return at if at < 64 else 64 + at - (4 * size - 64)
-
-
 @overload_method(BlockFormat, "codes_of_four")
 def _codes_of_four(fmt, block):
     size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
-    nibbles_of = [picker([_in_two_loads((2 * p + i // 32) * size + nibbles + i % 16, size) for i in range(64)]) for p in range(2)]
-    bits_of = [picker([_in_two_loads((2 * p + i // 32) * size + bits + i % 32 // 8, size) for i in range(64)]) for p in range(2)]
-    (nibbles_01, nibbles_23), (bits_01, bits_23) = nibbles_of, bits_of
-    scales_of = picker([_in_two_loads(k * size, size) // 2 for k in range(4)])
-    minimums_of = picker([_in_two_loads(k * size + 2, size) // 2 for k in range(4)])
-    back = 4 * size - 64
+    back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
+    nibbles_01 = picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
+    nibbles_23 = picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
+    bits_01 = picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
+    bits_23 = picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
+    halves = [0, size // 2, 32 + (2 * size - back) // 2, 32 + (3 * size - back) // 2]
+    scales_of, minimums_of = picker(halves), picker([h + 1 for h in halves])
 
     def codes_of_four(fmt, block):
         """The codes of the first and of the second two of four blocks, their scales and minimums u16x4."""
-        both = join(load(u8x64, block), load(u8x64, block + back))
-        low, high = _low_high_twice(nibbles_01(both)), _low_high_twice(nibbles_23(both))
+        a, b = load(u8x64, block), load(u8x64, block + back)
+        low, high = _low_high_twice(nibbles_01(a)), _low_high_twice(nibbles_23(b))
         if bits:
-            low, high = add_set_bits(hidden(low), bits_01(both), 16), add_set_bits(hidden(high), bits_23(both), 16)
-        halves = view(u16x64, both)
+            low, high = add_set_bits(hidden(low), bits_01(a), 16), add_set_bits(hidden(high), bits_23(b), 16)
+        both = view(u16x64, join(a, b))
         if is_table:
-            return stored_sign(_iq4_value(low)), stored_sign(_iq4_value(high)), scales_of(halves), minimums_of(halves)
-        return low, high, scales_of(halves), minimums_of(halves)
+            return stored_sign(_iq4_value(low)), stored_sign(_iq4_value(high)), scales_of(both), minimums_of(both)
+        return low, high, scales_of(both), minimums_of(both)
 
     return codes_of_four
 

@@ -143,53 +143,47 @@ def _superblock_four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
     return four_rows_dot
 
 
-_pairs = [picker([4 * r + 2 * p + i // 8 for i in range(16)]) for r in range(4) for p in range(2)]
-_a_01, _a_23, _b_01, _b_23, _c_01, _c_23, _d_01, _d_23 = _pairs
-
-
-@inline_kernel
-def _add_four_blocks(total, first, second, x_01, x_23, scales_01, scales_23):
-    none = splat(i32x16, types.int32(0))
-    total = fma(convert(f32x16, add_dot(none, first, x_01)), scales_01, total)
-    return fma(convert(f32x16, add_dot(none, second, x_23)), scales_23, total)
-
-
-@inline_kernel
-def _four_times_4(v):
-    return join(join(v, v), join(v, v))
+_first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 
 
 @inlined_method(BlockFormat, "four_rows_dot")
 def _block_four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
     size, offset = fmt.block_bytes, fmt.offset
 
+    @inline_kernel
+    def add(fmt, total, minimums, block, x_01, x_23, scales, sums):
+        none = splat(i32x16, types.int32(0))
+        first, second, own, lowest = fmt.codes_of_four(block)
+        own = from_half(own)
+        factors = own * scales
+        total = fma(convert(f32x16, add_dot(none, first, x_01)), _first_two(factors), total)
+        total = fma(convert(f32x16, add_dot(none, second, x_23)), _last_two(factors), total)
+        if offset is None:
+            minimums = fma(from_half(lowest), sums, minimums)
+        elif offset:
+            minimums = fma(own, sums, minimums)
+        return total, minimums
+
     def four_rows_dot(fmt, a, b, c, d, x, n_cols, ahead):
         """Four blocks of each row at a time."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
-        total_a = total_b = total_c = total_d = minimums = splat(f32x16, types.float32(0.0))
+        total_a = total_b = total_c = total_d = splat(f32x16, types.float32(0.0))
+        low_a = low_b = low_c = low_d = splat(f32x4, types.float32(0.0))
         for i in range(0, n_cols // 32, 4):
             at = i * size
             for line in range(0, 16 * size, 64):
                 prefetch(ahead + 4 * at + line)
             x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
-            a_first, a_second, d_a, m_a = fmt.codes_of_four(a + at)
-            b_first, b_second, d_b, m_b = fmt.codes_of_four(b + at)
-            c_first, c_second, d_c, m_c = fmt.codes_of_four(c + at)
-            d_first, d_second, d_d, m_d = fmt.codes_of_four(d + at)
-            own = from_half(join(join(d_a, d_b), join(d_c, d_d)))
-            factors = own * _four_times_4(load(f32x4, scales + 4 * i))
-            total_a = _add_four_blocks(total_a, a_first, a_second, x_01, x_23, _a_01(factors), _a_23(factors))
-            total_b = _add_four_blocks(total_b, b_first, b_second, x_01, x_23, _b_01(factors), _b_23(factors))
-            total_c = _add_four_blocks(total_c, c_first, c_second, x_01, x_23, _c_01(factors), _c_23(factors))
-            total_d = _add_four_blocks(total_d, d_first, d_second, x_01, x_23, _d_01(factors), _d_23(factors))
-            if offset is None:
-                own = from_half(join(join(m_a, m_b), join(m_c, m_d)))
-            if offset != 0:
-                minimums = fma(own, _four_times_4(load(f32x4, sums + 4 * i)), minimums)
+            own, own_sums = load(f32x4, scales + 4 * i), load(f32x4, sums + 4 * i)
+            total_a, low_a = add(fmt, total_a, low_a, a + at, x_01, x_23, own, own_sums)
+            total_b, low_b = add(fmt, total_b, low_b, b + at, x_01, x_23, own, own_sums)
+            total_c, low_c = add(fmt, total_c, low_c, c + at, x_01, x_23, own, own_sums)
+            total_d, low_d = add(fmt, total_d, low_d, d + at, x_01, x_23, own, own_sums)
         ab = join(low_half(total_a), low_half(total_b)) + join(high_half(total_a), high_half(total_b))
         cd = join(low_half(total_c), low_half(total_d)) + join(high_half(total_c), high_half(total_d))
         abcd = join(ab, cd)
         quads = _even_32(abcd) + _odd_32(abcd)
+        minimums = join(join(low_a, low_b), join(low_c, low_d))
         if offset is None:
             quads = quads + minimums
         elif offset:
