@@ -3,8 +3,7 @@
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For panels, the records of a few
-tokens are interleaved to a tile.
+groups. For panels, the records of a few tokens are interleaved to a tile.
 """
 
 from numba import types
@@ -40,7 +39,7 @@ def padded_columns(n_cols):
 @both_sides
 def _summed_columns(n_cols, group):
     """Columns for which there are scales and sums."""
-    most = 127 if group == 32 else 511
+    most = 127 if group == 32 else 1023
     return (n_cols + most) & ~most
 
 

@@ -34,12 +34,14 @@ from edge_moe.kernels.simd import (
     hidden,
     high_half,
     i8x16,
+    i8x64,
     i16x16,
     i16x32,
     join,
     load,
     load_bfloat,
     load_half,
+    load_halves,
     low_half,
     masker,
     picker,
@@ -49,7 +51,7 @@ from edge_moe.kernels.simd import (
     u8x16,
     u8x32,
     u8x64,
-    u16x8,
+    u16x4,
     u16x16,
     u16x32,
     u16x64,
@@ -99,13 +101,20 @@ class SuperblockFormat(FormatTag):
     """Superblocks of 256 columns."""
 
     def __init__(
-        self, format_name: str, block_bytes: int, max_code: int, group: int, d_offset: int, has_dmin: bool = False
+        self,
+        format_name: str,
+        block_bytes: int,
+        max_code: int,
+        group: int,
+        d_offset: int,
+        has_dmin: bool = False,
+        offset: int = 0,
     ) -> None:
+        """offset: by how much codes are too large, of formats without minimums of their own."""
         super().__init__(format_name, block_bytes, max_code, group)
-        self.d_offset, self.has_dmin = d_offset, has_dmin
-        self.order = ((0, 64), (32, 96), (128, 192), (160, 224)) if group == 32 and has_dmin else None
-        # of each pair of chunks the scale of each of 32 packed sums
-        self.scale_order = [[4 * k + i // 16 * 2 + i // 4 % 2 for i in range(32)] for k in range(2)]
+        self.d_offset, self.has_dmin, self.offset = d_offset, has_dmin, offset
+        # sums of four codes times int8 fit 16 bits, and minimums are those of 32 columns or the same for all codes
+        self.is_wide = 0 < max_code < 64 and has_dmin == (group == 32)
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -116,15 +125,16 @@ F32, F16, BF16 = FloatFormat("F32", 4), FloatFormat("F16", 2), FloatFormat("BF16
 Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15, 8, 2), BlockFormat("Q4_1", 20, 15, None, 4)
 Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31, 16, 6, 2), BlockFormat("Q5_1", 24, 31, None, 8, 4)
 Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED, SIGN_BIAS), BlockFormat("IQ4_NL", 18, SIGNED, SIGN_BIAS, 2)
-Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108)
+Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108, offset=4)
 Q4_K, Q5_K = SuperblockFormat("Q4_K", 144, 15, 32, 0, True), SuperblockFormat("Q5_K", 176, 31, 32, 0, True)
-Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
+Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208, offset=32), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
 
 TAGS: dict[str, FormatTag] = {
     tag.format_name: tag
     for tag in (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS)
 }
 
+_each_twice_of_4 = picker([0, 0, 1, 1, 2, 2, 3, 3])
 _METHODS: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -181,9 +191,26 @@ def _superblock_scales_of_four(fmt, a, b, c, d):
     return _METHODS[fmt.format_name, "scales_of_four"]
 
 
-@overload_method(SuperblockFormat, "code_pair")
-def _superblock_code_pair(fmt, block, k):
-    return _METHODS[fmt.format_name, "code_pair"]
+@inline_kernel
+def _two_words(a, b):
+    low, high = load(types.uint32, a), load(types.uint32, b)
+    return hidden(types.uint64(low) | (types.uint64(high) << types.uint64(32)))
+
+
+@overload_method(SuperblockFormat, "factors_of_four")
+def _superblock_factors_of_four(fmt, a, b, c, d, x_scales):
+    d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
+
+    def factors_of_four(fmt, a, b, c, d, x_scales):
+        """d and dmin, or d twice, of four superblocks times x_scales f32x4: f32x8."""
+        if not has_dmin:
+            return _each_twice_of_4(load_halves(a + d_offset, b + d_offset, c + d_offset, d + d_offset) * x_scales)
+        low = _two_words(a + d_offset, b + d_offset)
+        high = _two_words(c + d_offset, d + d_offset)
+        halves = from_half(join(view(u16x4, low), view(u16x4, high)))
+        return halves * _each_twice_of_4(x_scales)
+
+    return factors_of_four
 
 
 @overload_method(SuperblockFormat, "scales")
@@ -244,8 +271,9 @@ def _bf16_load_one(fmt, address):
 # ---- parts of a register
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
-_shift_0_4, _shift_0_2, _shift_0_1 = shifter((0, 4)), shifter((0, 2)), shifter((0, 1))
-_low_high_twice, _high = bit_field((0, 4, 0, 4), 15), bit_field((4,), 15)
+_low_high, _pairs, _upper_pairs = bit_field((0, 4), 15), bit_field((0, 2), 3), bit_field((0, 2), 3, 4)
+_fifth_bits, _third_bits = bit_field((0, 1), 1, 4), bit_field((0, 1), 1, 2)
+_low_high_twice = bit_field((0, 4, 0, 4), 15)
 
 
 @inline_kernel
@@ -348,45 +376,37 @@ def _q4_k_scales(fmt, a, b):
     return _first_8s_twice(both), _second_8s_twice(both)
 
 
-_q4k_acbc = picker([i + w for i in (0, 16, 32, 48) for w in (*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16))])
-_q4k_aabb = picker([i + w for i in (0, 16, 32, 48) for w in (*range(4, 8), *range(4, 8), *range(8, 12), *range(8, 12))])
-_q4k_shift, _q4k_bits, _q4k_upper = shifter((0, 0, 0, 4) * 4), masker((63, 15, 63, 15) * 4), masker((0, 0x30, 0, 0x30) * 4)
-_first_8s = picker([16 * i + j for i in range(4) for j in range(8)])
-_second_8s = picker([16 * i + 8 + j for i in range(4) for j in range(8)])
-_first_words = picker([0, 4, 8, 12])
+_words_acbc_4 = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(12, 16), *range(8, 16))])
+_words_aabb_4 = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(4, 12), *range(8, 12))])
+_own_shift_4, _own_bits_4 = shifter((0, 0, 0, 4) * 4), masker((63, 15, 63, 15) * 4)
+_upper_bits_4, _first_words = masker((0, 0x30, 0, 0x30) * 4), picker([0, 4, 8, 12])
+
+
+@inline_kernel
+def _four_times_16(a, b, c, d):
+    """16 bytes at each of four addresses."""
+    return join(join(load(u8x16, a), load(u8x16, b)), join(load(u8x16, c), load(u8x16, d)))
 
 
 @method("scales_of_four", Q4_K, Q5_K)
 def _q4_k_scales_of_four(fmt, a, b, c, d):
-    raw = join(join(load(u8x16, a), load(u8x16, b)), join(load(u8x16, c), load(u8x16, d)))
-    own = _q4k_bits(view(u8x64, _q4k_shift(view(u32x16, _q4k_acbc(raw)))))
-    upper = _q4k_upper(view(u8x64, view(u32x16, _q4k_aabb(raw)) >> types.uint32(2)))
+    raw = _four_times_16(a, b, c, d)
+    own = _own_bits_4(view(u8x64, _own_shift_4(view(u32x16, _words_acbc_4(raw)))))
+    upper = _upper_bits_4(view(u8x64, view(u32x16, _words_aabb_4(raw)) >> types.uint32(2)))
     both = hidden(own | upper)
-    halves = from_half(view(u16x8, _first_words(view(u32x16, raw))))
-    return (
-        hidden(convert(i16x32, low_half(both))),
-        hidden(convert(i16x32, high_half(both))),
-        convert(i16x32, _second_8s(both)),
-        halves,
-    )
+    return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
 
-
-@method("code_pair", Q4_K)
-def _q4_k_code_pair(fmt, block, k):
-    raw = load(u8x64, block + 16 + 64 * k)
-    return raw & types.uint8(15), _high(raw)
 
 
 @method("codes", Q4_K)
 def _q4_k_codes(fmt, block, chunk):
-    return view(u8x64, _shift_0_4(_twice(block + 16 + 32 * chunk))) & types.uint8(15)
+    return _low_high(view(u8x64, _twice(block + 16 + 32 * chunk)))
 
 
 @method("codes", Q5_K)
 def _q5_k_codes(fmt, block, chunk):
-    low = view(u8x64, _shift_0_4(_twice(block + 48 + 32 * chunk))) & types.uint8(15)
-    high = view(u8x64, _shift_0_1(_twice(block + 16) >> types.uint16(2 * chunk))) & types.uint8(1)
-    return low | (high << types.uint8(4))
+    low = _low_high(view(u8x64, _twice(block + 48 + 32 * chunk)))
+    return low | _fifth_bits(view(u8x64, _twice(block + 16) >> types.uint16(2 * chunk)))
 
 
 @method("scales_of_two", Q6_K)
@@ -395,12 +415,17 @@ def _q6_k_scales(fmt, a, b):
     return scales, scales << types.int16(5)  # the codes are 32 too large
 
 
+@method("scales_of_four", Q6_K)
+def _q6_k_scales_of_four(fmt, a, b, c, d):
+    raw = view(i8x64, _four_times_16(a + 192, b + 192, c + 192, d + 192))
+    return hidden(convert(i16x32, low_half(raw))), hidden(convert(i16x32, high_half(raw)))
+
+
 @method("codes", Q6_K)
 def _q6_k_codes(fmt, block, chunk):
     half, shift = chunk >> 1, types.uint16(4 * (chunk & 1))
     low = view(u8x64, view(u16x32, load(u8x64, block + 64 * half)) >> shift) & types.uint8(15)
-    high = view(u8x64, _shift_0_2(_twice(block + 128 + 32 * half) >> shift)) & types.uint8(3)
-    return low | (high << types.uint8(4))
+    return low | _upper_pairs(view(u8x64, _twice(block + 128 + 32 * half) >> shift))
 
 
 # The 16 bytes that end with three words a, b, c and d: 16 scales of 6 bits, 32 too large, nibbles in a and b, upper
@@ -423,9 +448,12 @@ def _q3_k_scales(fmt, a, b):
 @method("codes", Q3_K)
 def _q3_k_codes(fmt, block, chunk):
     raw = _twice(block + 32 + 32 * (chunk >> 1)) >> types.uint16(4 * (chunk & 1))
-    low = view(u8x64, _shift_0_2(raw)) & types.uint8(3)
-    high = view(u8x64, _shift_0_1(_twice(block) >> types.uint16(2 * chunk))) & types.uint8(1)
-    return low | (high << types.uint8(2))
+    return _pairs(view(u8x64, raw)) | _third_bits(view(u8x64, _twice(block) >> types.uint16(2 * chunk)))
+
+
+@method("scales_of_four", Q3_K)
+def _q3_k_scales_of_four(fmt, a, b, c, d):
+    return fmt.scales_of_two(a, b)[0], fmt.scales_of_two(c, d)[0]
 
 
 @method("scales_of_two", Q2_K)
@@ -438,7 +466,7 @@ def _q2_k_scales(fmt, a, b):
 @method("codes", Q2_K)
 def _q2_k_codes(fmt, block, chunk):
     raw = _twice(block + 16 + 32 * (chunk >> 1)) >> types.uint16(4 * (chunk & 1))
-    return view(u8x64, _shift_0_2(raw)) & types.uint8(3)
+    return _pairs(view(u8x64, raw))
 
 
 _shift_by_nibble, _shift_by_pair = shifter(range(0, 32, 4)), shifter(range(0, 16, 2))

@@ -231,7 +231,7 @@ def packed_sums(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def add_scaled_pairs(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
+def add_pair_dot(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
     """total i32x16 + pair_dot(a, b)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -6,9 +6,10 @@ For few tokens a row's blocks are multiplied as they are; for many, 16 rows at a
 import numpy as np
 from numba import types
 
-from edge_moe.kernels import panels, row_quads, rows  # noqa: F401 (their methods of the formats)
+from edge_moe.kernels import panels  # noqa: F401 (its methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import first_of_unit
+from edge_moe.kernels.rows import ROWS_AT_ONCE, four_sums, store_sums
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 
@@ -46,17 +47,22 @@ def unit_address(plan, unit):
     return address + (row - rows_begin) * field(plan, ROW_BYTES) if address else address
 
 
-@spliced_kernel
-def _few_tokens(fmt, plan, group, row, row_end, ahead):
+@inline_kernel
+def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     """Rows times tokens, straight from the blocks, while what lies `ahead` bytes behind them is fetched."""
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)
     n_rows, out, begin, end = field(group, N_ROWS), field(group, OUT), field(group, BEGIN), field(group, END)
-    address = field(group, ADDRESS) + row * row_bytes
-    for r in range(row, row_end, fmt.rows_at_once()):
+    first = field(group, ADDRESS)
+    for row_4 in range(row, row_end, ROWS_AT_ONCE):
+        n = min(row_end - row_4, ROWS_AT_ONCE)
         for m in range(begin, end):
             x = load(types.int64, tokens + 8 * m)
-            fmt.rows_dot(address, row_bytes, row_end - r, x, n_cols, out + 4 * (m * n_rows + r), address + ahead)
-        address += fmt.rows_at_once() * row_bytes
+            for r in range(n):
+                address = first + (row_4 + r) * row_bytes
+                store(scratch + 64 * r, fmt.row_total(address, x, n_cols, address + ahead))
+            a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
+            c, d = load(f32x16, scratch + 128), load(f32x16, scratch + 192)
+            store_sums(out + 4 * (m * n_rows + row_4), four_sums(a, b, c, d), n)
 
 
 @spliced_kernel
@@ -79,9 +85,9 @@ def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
 
 
 @spliced_kernel
-def _units_of_rows(fmt, plan, n_rows):
+def _units_of_rows(fmt, plan, n_rows, scratch):
     """Multiply units of rows straight from the blocks; what comes next is always being fetched."""
-    row_bytes, shares, at_once = field(plan, ROW_BYTES), field(plan, SHARES), fmt.rows_at_once()
+    row_bytes, shares, at_once = field(plan, ROW_BYTES), field(plan, SHARES), ROWS_AT_ONCE
     n_items, step_bytes = (n_rows + at_once - 1) // at_once, row_bytes * at_once
     least = (LEAST_UNIT_BYTES + step_bytes - 1) // step_bytes
     reach = (PREFETCH_BYTES + step_bytes - 1) // step_bytes * at_once
@@ -114,21 +120,19 @@ def _units_of_rows(fmt, plan, n_rows):
                     ahead_group += 8 * GROUP_FIELDS
                 end = min(end, row + field(ahead_group, ROWS_END) - ahead)
                 distance = field(ahead_group, ADDRESS) + (ahead - ahead_begin) * row_bytes - address
-            _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance)
+            _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance, scratch)
             row = end
         row = following
 
 
 @spliced_kernel
-def _units_of_panels(fmt, plan, n_rows):
+def _units_of_panels(fmt, plan, n_rows, scratch):
     """Multiply units of 16 rows by way of panels, where a group has tokens enough."""
-    memory = np.empty(fmt.panel_bytes(field(plan, N_COLS)) + 2048, np.uint8)
-    scratch = (address_of(memory) + 63) & ~63
     group, rows_begin = plan + 8 * GROUPS, 0
     while True:
         row = TILE_ROWS * fetch_add(plan, 1)
         if row >= n_rows:
-            return memory.size  # the memory must live until here
+            return
         while row >= field(group, ROWS_END):
             rows_begin = field(group, ROWS_END)
             group += 8 * GROUP_FIELDS
@@ -137,18 +141,21 @@ def _units_of_panels(fmt, plan, n_rows):
         if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
             _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
             continue
-        _few_tokens(fmt, plan, group, row, end, PREFETCH_BYTES)
+        _few_tokens(fmt, plan, group, row, end, PREFETCH_BYTES, scratch)
 
 
 @kernel
 def product_units(fmt, plan):
     """Multiply units of rows as long as the plan has some."""
     n_rows = field(plan + 8 * (GROUPS + GROUP_FIELDS * (field(plan, N_GROUPS) - 1)), ROWS_END)
-    if field(plan, SHARES):
-        _units_of_rows(fmt, plan, n_rows)
+    shares = field(plan, SHARES)
+    memory = np.empty(2048 + (0 if shares else fmt.panel_bytes(field(plan, N_COLS))), np.uint8)
+    scratch = (address_of(memory) + 63) & ~63
+    if shares:
+        _units_of_rows(fmt, plan, n_rows, scratch)
     else:
-        _units_of_panels(fmt, plan, n_rows)
-    return 0
+        _units_of_panels(fmt, plan, n_rows, scratch)
+    return memory.size  # the memory must live until here
 
 
 @kernel

@@ -1,4 +1,8 @@
-"""One weight row: its product with one token's activations, straight from the file's blocks, or its decoded numbers."""
+"""Weight rows straight from the file's blocks: their products with one token's activations, or their decoded numbers.
+
+A row's product is first a register of partial sums (`row_total`); four rows' registers are added up together. While
+a row is read, what lies at another address is fetched: what comes next, as far ahead as the caller likes.
+"""
 
 from numba import types
 from numba.extending import overload_method
@@ -21,12 +25,12 @@ from edge_moe.kernels.simd import (
     i8x64,
     i16x32,
     i32x16,
+    join,
     load,
     load_halves,
     low_half,
     picker,
     prefetch,
-    reduce_add,
     splat,
     store,
     u8x16,
@@ -34,6 +38,7 @@ from edge_moe.kernels.simd import (
     u16x4,
     view,
 )
+from edge_moe.kernels.wide_rows import is_wide
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
@@ -42,17 +47,19 @@ _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
 _a_0, _a_1, _a_2, _a_3 = (picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
 _b_0, _b_1, _b_2, _b_3 = (picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
 
+_in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0] + [4] * 15)
+
 # Registers turned, so that what comes next is always in the first lanes.
 _next_lane = picker([(i + 1) % 16 for i in range(16)])
 _next_16 = picker([(i + 16) % 64 for i in range(64)])
 _first_16 = picker(range(16))
 
 
-@inlined_method(FloatFormat, "row_dot")
-def _float_row_dot(fmt, row, x, n_cols, ahead):
+@inlined_method(FloatFormat, "row_total")
+def _float_row_total(fmt, row, x, n_cols, ahead):
     size = fmt.block_bytes
 
-    def row_dot(fmt, row, x, n_cols, ahead):
+    def row_total(fmt, row, x, n_cols, ahead):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
             prefetch(ahead + i * size)
@@ -62,12 +69,13 @@ def _float_row_dot(fmt, row, x, n_cols, ahead):
             d = fma(fmt.load(row + (i + 48) * size), load(f32x16, x + 4 * i + 192), d)
         for i in range(n_cols & ~63, n_cols & ~15, 16):
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
-        total = reduce_add((a + b) + (c + d))
+        rest = types.float32(0.0)
         for i in range(n_cols & ~15, n_cols):
-            total += fmt.load_one(row + i * size) * load(types.float32, x + 4 * i)
-        return total
+            rest += fmt.load_one(row + i * size) * load(types.float32, x + 4 * i)
+        last = join(splat(f32x4, rest), splat(f32x4, types.float32(0.0)))
+        return _first_lane_only(last) + ((a + b) + (c + d))
 
-    return row_dot
+    return row_total
 
 
 @inline_kernel
@@ -77,11 +85,11 @@ def _add_pair(fmt, first, second, x, scales, total):
     return fma(convert(f32x16, products), scales, total)
 
 
-@inlined_method(BlockFormat, "row_dot")
-def _block_row_dot(fmt, row, x, n_cols, ahead):
+@inlined_method(BlockFormat, "narrow_row_total")
+def _block_narrow_row_total(fmt, row, x, n_cols, ahead):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def row_dot(fmt, row, x, n_cols, ahead):
+    def narrow_row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
@@ -100,11 +108,23 @@ def _block_row_dot(fmt, row, x, n_cols, ahead):
                 minimums = fma(load_halves(a + 2, b + 2, c + 2, d + 2), load(f32x4, sums + 4 * i), minimums)
             elif offset:
                 minimums = fma(own, load(f32x4, sums + 4 * i), minimums)
-        if offset is None:
-            return reduce_add(even + odd) + reduce_add(minimums)
-        return reduce_add(even + odd) - types.float32(offset) * reduce_add(minimums)
+        if offset is not None:
+            minimums = minimums * types.float32(-offset)
+        return even + odd + _in_first_quarter(join(minimums, splat(f32x4, types.float32(0.0))))
 
-    return row_dot
+    return narrow_row_total
+
+
+@inlined_method(BlockFormat, "row_total")
+def _block_row_total(fmt, row, x, n_cols, ahead):
+    wide = is_wide(fmt)
+
+    def row_total(fmt, row, x, n_cols, ahead):
+        if wide and n_cols % 128 == 0:
+            return fmt.wide_row_total(row, x, n_cols, ahead)
+        return fmt.narrow_row_total(row, x, n_cols, ahead)
+
+    return row_total
 
 
 @inline_kernel
@@ -132,11 +152,11 @@ def _factors_of_two(fmt, a, b):
     return factors_of_two
 
 
-@inlined_method(SuperblockFormat, "row_dot")
-def _superblock_row_dot(fmt, row, x, n_cols, ahead):
+@inlined_method(SuperblockFormat, "narrow_row_total")
+def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
     size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
-    def row_dot(fmt, row, x, n_cols, ahead):
+    def narrow_row_total(fmt, row, x, n_cols, ahead):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
@@ -156,9 +176,48 @@ def _superblock_row_dot(fmt, row, x, n_cols, ahead):
             if has_minimum:
                 weighted = convert(f32x16, pair_dot(m, load(i16x32, sums + 32 * i)))
                 minimums = fma(weighted, _second_and_fourth(factors), minimums)
-        return reduce_add((even + odd) - minimums)
+        return (even + odd) - minimums
 
-    return row_dot
+    return narrow_row_total
+
+
+@inlined_method(SuperblockFormat, "row_total")
+def _superblock_row_total(fmt, row, x, n_cols, ahead):
+    if not is_wide(fmt):
+        return lambda fmt, row, x, n_cols, ahead: fmt.narrow_row_total(row, x, n_cols, ahead)
+
+    return lambda fmt, row, x, n_cols, ahead: fmt.wide_row_total(row, x, n_cols, ahead)
+
+
+# ---- four rows' partial sums
+
+ROWS_AT_ONCE = 4
+_even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
+_even_16, _odd_16 = picker(range(0, 16, 2)), picker(range(1, 16, 2))
+_even_8, _odd_8 = picker(range(0, 8, 2)), picker(range(1, 8, 2))
+_next_of_4 = picker([1, 2, 3, 0])
+
+
+@inline_kernel
+def four_sums(a, b, c, d):
+    """The sums of all lanes of four f32x16 -> f32x4, each always added in the same order."""
+    ab = join(low_half(a), low_half(b)) + join(high_half(a), high_half(b))
+    cd = join(low_half(c), low_half(d)) + join(high_half(c), high_half(d))
+    both = join(ab, cd)
+    quarters = _even_32(both) + _odd_32(both)
+    eighths = _even_16(quarters) + _odd_16(quarters)
+    return _even_8(eighths) + _odd_8(eighths)
+
+
+@inline_kernel
+def store_sums(out, sums, n):
+    """The first `n` of f32x4."""
+    if n >= ROWS_AT_ONCE:
+        store(out, sums)
+        return
+    for r in range(n):
+        store(out + 4 * r, first_lane(sums))
+        sums = _next_of_4(sums)
 
 
 # ---- decoding: columns start:stop of a row as f32; start is a multiple of 256

@@ -1,0 +1,148 @@
+"""A weight row times one token's activations four blocks or four superblocks at a time, for CPUs with long registers.
+
+What the blocks have besides their codes, scales and minimums, is then taken out of all four at once.
+"""
+
+from numba import types
+from numba.extending import overload_method
+
+from edge_moe.kernels.activations import scales_offset, sums_offset
+from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
+from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
+from edge_moe.kernels.jit import inlined_method
+from edge_moe.kernels.simd import (
+    convert,
+    f32x4,
+    f32x16,
+    fma,
+    from_half,
+    i8x64,
+    i16x32,
+    i32x16,
+    join,
+    load,
+    picker,
+    prefetch,
+    splat,
+)
+from edge_moe.kernels.target import TARGET
+
+
+def is_wide(fmt: FormatTag) -> bool:
+    """Whether rows of a format are multiplied so."""
+    if TARGET.dot != "avx512vnni":
+        return False
+    if isinstance(fmt, BlockFormat):
+        return TARGET.has_vbmi and fmt.nibbles > 0
+    return isinstance(fmt, SuperblockFormat) and fmt.is_wide
+
+
+# ---- superblocks
+
+_factor_a, _factor_b, _factor_c, _factor_d = (picker([2 * k] * 16) for k in range(4))
+_factors_ab, _factors_cd = picker([i // 8 * 2 for i in range(16)]), picker([4 + i // 8 * 2 for i in range(16)])
+_four_dmins = picker([2 * (i // 4) + 1 for i in range(16)])
+# of two superblocks with 8 scales and 8 minimums each the minimums, of 16 sums each those of 32 columns
+_minimums = picker([16 * k + 8 + i for k in range(4) for i in range(8)])
+_even, _odd = picker(range(0, 64, 2)), picker(range(1, 64, 2))
+
+
+def _scale_pickers(group: int) -> list:
+    """Of two superblocks' scales i16x32 those that meet the packed sums of two chunks: of each of the two both pairs.
+
+    Packed sums are four of one chunk and four of the next, for each 16 of a chunk's columns.
+    """
+    per_chunk = 64 // group
+    return [
+        picker([16 * s + per_chunk * (2 * p + i % 8 // 4) + i // 8 * 16 // group for i in range(32)])
+        for s in range(2)
+        for p in range(2)
+    ]
+
+
+@inlined_method(SuperblockFormat, "sums_of_one")
+def _sums_of_one(fmt, block, x, scales_01, scales_23):
+    def sums_of_one(fmt, block, x, scales_01, scales_23):
+        """A superblock times 256 columns, its chunks' scales i16x32 for two each: f32x16, without its minimums."""
+        none = splat(i32x16, types.int32(0))
+        sums_0 = add_dot(none, fmt.codes(block, 0), load(i8x64, x))
+        sums_1 = add_dot(none, fmt.codes(block, 1), load(i8x64, x + 64))
+        sums_2 = add_dot(none, fmt.codes(block, 2), load(i8x64, x + 128))
+        sums_3 = add_dot(none, fmt.codes(block, 3), load(i8x64, x + 192))
+        total = add_pair_dot(none, packed_sums(sums_0, sums_1), scales_01)
+        return convert(f32x16, add_pair_dot(total, packed_sums(sums_2, sums_3), scales_23))
+
+    return sums_of_one
+
+
+@inlined_method(SuperblockFormat, "wide_row_total")
+def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
+    size, group, offset = fmt.block_bytes, fmt.group, types.float32(fmt.offset)
+    a_01, a_23, b_01, b_23 = _scale_pickers(group)
+
+    def wide_row_total(fmt, row, x, n_cols, ahead):
+        """What a row's end lacks is its last superblock once more, times scales and sums of zero."""
+        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
+        even = odd = minimums = splat(f32x16, types.float32(0.0))
+        last, last_x = row + (n_cols // 256 - 1) * size, x + n_cols - 256
+        for i in range(0, n_cols // 256, 4):
+            a, x_a = row + i * size, x + 256 * i
+            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
+            x_b, x_c, x_d = min(x_a + 256, last_x), min(x_a + 512, last_x), min(x_a + 768, last_x)
+            for line in range(0, 4 * size, 64):
+                prefetch(ahead + i * size + line)
+            ab, cd = fmt.scales_of_four(a, b, c, d)
+            factors = fmt.factors_of_four(a, b, c, d, load(f32x4, scales + 4 * i))
+            even = fma(fmt.sums_of_one(a, x_a, a_01(ab), a_23(ab)), _factor_a(factors), even)
+            odd = fma(fmt.sums_of_one(b, x_b, b_01(ab), b_23(ab)), _factor_b(factors), odd)
+            even = fma(fmt.sums_of_one(c, x_c, a_01(cd), a_23(cd)), _factor_c(factors), even)
+            odd = fma(fmt.sums_of_one(d, x_d, b_01(cd), b_23(cd)), _factor_d(factors), odd)
+            sums_ab, sums_cd = load(i16x32, sums + 32 * i), load(i16x32, sums + 32 * i + 64)
+            if group == 32:
+                both = join(sums_ab, sums_cd)
+                weighted = pair_dot(_minimums(join(ab, cd)), _even(both) + _odd(both))
+                minimums = fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
+            else:
+                minimums = fma(convert(f32x16, pair_dot(ab, sums_ab)), _factors_ab(factors), minimums)
+                minimums = fma(convert(f32x16, pair_dot(cd, sums_cd)), _factors_cd(factors), minimums)
+        if group == 32:
+            return (even + odd) - minimums
+        return (even + odd) - minimums * offset
+
+    return wide_row_total
+
+
+# ---- blocks of 32
+
+_first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
+_in_first_quarter = picker([0, 1, 2, 3] + [4] * 12)
+
+
+@inlined_method(BlockFormat, "wide_row_total")
+def _block_wide_row_total(fmt, row, x, n_cols, ahead):
+    size, offset = fmt.block_bytes, fmt.offset
+
+    def wide_row_total(fmt, row, x, n_cols, ahead):
+        """For a number of blocks that is a multiple of four."""
+        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
+        none = splat(i32x16, types.int32(0))
+        even = odd = splat(f32x16, types.float32(0.0))
+        minimums = splat(f32x4, types.float32(0.0))
+        for i in range(0, n_cols // 32, 4):
+            for line in range(0, 4 * size, 64):
+                prefetch(ahead + i * size + line)
+            first, second, own, lowest = fmt.codes_of_four(row + i * size)
+            own = from_half(own)
+            factors = own * load(f32x4, scales + 4 * i)
+            even = fma(convert(f32x16, add_dot(none, first, load(i8x64, x + 32 * i))), _first_two(factors), even)
+            odd = fma(convert(f32x16, add_dot(none, second, load(i8x64, x + 32 * i + 64))), _last_two(factors), odd)
+            if offset is None:
+                minimums = fma(from_half(lowest), load(f32x4, sums + 4 * i), minimums)
+            elif offset:
+                minimums = fma(own, load(f32x4, sums + 4 * i), minimums)
+        if offset is not None:
+            minimums = minimums * types.float32(-offset)
+        both = join(minimums, splat(f32x4, types.float32(0.0)))
+        return even + odd + _in_first_quarter(both)
+
+    return wide_row_total
