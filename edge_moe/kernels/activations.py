@@ -1,9 +1,9 @@
 """The int8 form in which activations meet quantized weights, one record for each token.
 
-A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
+A record holds the codes int8[columns] (for groups of 256 in the order of `natural_group`), a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups. For panels, the records of a few tokens are interleaved to a tile.
+groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
 """
 
 from numba import types
@@ -39,7 +39,7 @@ def padded_columns(n_cols):
 @both_sides
 def _summed_columns(n_cols, group):
     """Columns for which there are scales and sums."""
-    most = 127 if group == 32 else 1023
+    most = 127 if group == 32 else 511
     return (n_cols + most) & ~most
 
 
@@ -61,6 +61,15 @@ def record_bytes(n_cols, group):
     return (sums_offset(n_cols, group) + _summed_columns(n_cols, group) // 8 + 63) & ~63
 
 
+@both_sides
+def natural_group(group):
+    """Which 16 of 256 columns are in a place of a record: of each 128, blocks of 32 lie in the order 0, 2, 1, 3.
+
+    So lie the low and the high halves of bytes in superblocks. The order is its own inverse.
+    """
+    return (group & 9) | (group & 2) << 1 | (group & 4) >> 1
+
+
 @inline_kernel
 def _quantize_row(x, record, n_cols, group):
     """x f32[n_cols] at an address -> its record at another."""
@@ -74,7 +83,10 @@ def _quantize_row(x, record, n_cols, group):
         group_sum = types.int32(0)
         for i in range(start, start + group, 16):
             codes = convert(i32x16, rounded(load(f32x16, x + 4 * i) * inverse))
-            store(record + i, convert(i8x16, codes))
+            place = i
+            if group == 256:
+                place = start + 16 * natural_group((i - start) // 16)
+            store(record + place, convert(i8x16, codes))
             part = reduce_add(codes)
             group_sum += part
             if group == 256:

@@ -6,11 +6,12 @@ superblocks of 256 with integer scales for each 16 or 32 columns. A format is a 
 - floats: `load(address) -> f32x16`, `load_one(address) -> f32`
 - blocks of 32: `codes(first, second)`; value = scale * (code - offset), or scale * code + minimum where `offset` is
   None: the scale is the block's first number in f16, the minimum its second
-- superblocks: `codes(block, chunk)` for 64 columns, `scales_of_two(a, b)` -> (scales i16x32, minimums i16x32) of two
+- superblocks: `codes(block, chunk)` for 64 columns, each of 128 columns the first chunk for columns 0 to 31 and 64 to
+  95, the second for the others (see `natural_group`), `scales_of_two(a, b)` -> (scales i16x32, minimums i16x32) of two
   superblocks, each for 16 columns: value = d * scale * code - dmin * minimum; d is the f16 at `d_offset`, dmin the one
   behind it, or d again
 
-Codes are u8x64 in the order of the columns; formats with signed codes return `stored_sign(codes)`.
+Codes are u8x64 in the order of the activations' codes; formats with signed codes return `stored_sign(codes)`.
 
 Source: ggml-common.h (block layouts) and ggml-quants.c (their meaning).
 """
@@ -51,7 +52,7 @@ from edge_moe.kernels.simd import (
     u8x16,
     u8x32,
     u8x64,
-    u16x4,
+    u16x8,
     u16x16,
     u16x32,
     u16x64,
@@ -187,28 +188,20 @@ def _superblock_scales_of_two(fmt, a, b):
 
 
 @overload_method(SuperblockFormat, "scales_of_four")
-def _superblock_scales_of_four(fmt, a, b, c, d):
+def _superblock_scales_of_four(fmt, block):
     return _METHODS[fmt.format_name, "scales_of_four"]
 
 
-@inline_kernel
-def _two_words(a, b):
-    low, high = load(types.uint32, a), load(types.uint32, b)
-    return hidden(types.uint64(low) | (types.uint64(high) << types.uint64(32)))
-
-
 @overload_method(SuperblockFormat, "factors_of_four")
-def _superblock_factors_of_four(fmt, a, b, c, d, x_scales):
-    d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
+def _superblock_factors_of_four(fmt, block, x_scales):
+    """d and dmin, or d twice, of four superblocks times x_scales f32x4: f32x8."""
+    if fmt.has_dmin:
+        return _METHODS[fmt.format_name, "factors_of_four"]
+    size, first = fmt.block_bytes, fmt.d_offset
 
-    def factors_of_four(fmt, a, b, c, d, x_scales):
-        """d and dmin, or d twice, of four superblocks times x_scales f32x4: f32x8."""
-        if not has_dmin:
-            return _each_twice_of_4(load_halves(a + d_offset, b + d_offset, c + d_offset, d + d_offset) * x_scales)
-        low = _two_words(a + d_offset, b + d_offset)
-        high = _two_words(c + d_offset, d + d_offset)
-        halves = from_half(join(view(u16x4, low), view(u16x4, high)))
-        return halves * _each_twice_of_4(x_scales)
+    def factors_of_four(fmt, block, x_scales):
+        d = block + first
+        return _each_twice_of_4(load_halves(d, d + size, d + 2 * size, d + 3 * size) * x_scales)
 
     return factors_of_four
 
@@ -271,23 +264,22 @@ def _bf16_load_one(fmt, address):
 # ---- parts of a register
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
-_low_high, _pairs, _upper_pairs = bit_field((0, 4), 15), bit_field((0, 2), 3), bit_field((0, 2), 3, 4)
-_fifth_bits, _third_bits = bit_field((0, 1), 1, 4), bit_field((0, 1), 1, 2)
-_low_high_twice = bit_field((0, 4, 0, 4), 15)
+_nibbles, _low_high, _low_high_twice = bit_field((0,), 15), bit_field((0, 4), 15), bit_field((0, 4, 0, 4), 15)
+_pairs, _fifth_bits, _third_bits = bit_field((0, 4), 3), bit_field((0, 2), 16), bit_field((0, 2), 1)
 
 
 @inline_kernel
 def _twice(address):
     """32 bytes in both halves of a register."""
     raw = load(u8x32, address)
-    return view(u16x32, join(raw, raw))
+    return join(raw, raw)
 
 
 @inline_kernel
 def _nibbles_of_16(first, second):
     """16 bytes at each of two addresses -> of each the low, then the high nibbles."""
     a, b = load(u8x16, first), load(u8x16, second)
-    return _low_high_twice(join(join(a, a), join(b, b)))
+    return _low_high_twice(join(join(a, a), join(b, b)), 0)
 
 
 # ---- blocks of 32
@@ -344,7 +336,7 @@ def _codes_of_four(fmt, block):
     def codes_of_four(fmt, block):
         """The codes of the first and of the second two of four blocks, their scales and minimums u16x4."""
         a, b = load(u8x64, block), load(u8x64, block + back)
-        low, high = _low_high_twice(nibbles_01(a)), _low_high_twice(nibbles_23(b))
+        low, high = _low_high_twice(nibbles_01(a), 0), _low_high_twice(nibbles_23(b), 0)
         if bits:
             low, high = add_set_bits(hidden(low), bits_01(a), 16), add_set_bits(hidden(high), bits_23(b), 16)
         both = view(u16x64, join(a, b))
@@ -383,30 +375,58 @@ _upper_bits_4, _first_words = masker((0, 0x30, 0, 0x30) * 4), picker([0, 4, 8, 1
 
 
 @inline_kernel
-def _four_times_16(a, b, c, d):
-    """16 bytes at each of four addresses."""
-    return join(join(load(u8x16, a), load(u8x16, b)), join(load(u8x16, c), load(u8x16, d)))
+def _four_times_16(address, size):
+    """16 bytes at each of four addresses `size` apart."""
+    low = join(load(u8x16, address), load(u8x16, address + size))
+    return join(low, join(load(u8x16, address + 2 * size), load(u8x16, address + 3 * size)))
 
 
-@method("scales_of_four", Q4_K, Q5_K)
-def _q4_k_scales_of_four(fmt, a, b, c, d):
-    raw = _four_times_16(a, b, c, d)
+@inline_kernel
+def _q4_k_scales_of_four(block, size):
+    raw = _four_times_16(block, size)
     own = _own_bits_4(view(u8x64, _own_shift_4(view(u32x16, _words_acbc_4(raw)))))
     upper = _upper_bits_4(view(u8x64, view(u32x16, _words_aabb_4(raw)) >> types.uint32(2)))
     both = hidden(own | upper)
     return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
 
 
+@inline_kernel
+def _q4_k_factors_of_four(block, size, x_scales):
+    words = _first_words(view(u32x16, _four_times_16(block, size)))
+    return from_half(view(u16x8, words)) * _each_twice_of_4(x_scales)
+
+
+@method("scales_of_four", Q4_K)
+def _(fmt, block):
+    return _q4_k_scales_of_four(block, 144)
+
+
+@method("scales_of_four", Q5_K)
+def _(fmt, block):
+    return _q4_k_scales_of_four(block, 176)
+
+
+@method("factors_of_four", Q4_K)
+def _(fmt, block, x_scales):
+    return _q4_k_factors_of_four(block, 144, x_scales)
+
+
+@method("factors_of_four", Q5_K)
+def _(fmt, block, x_scales):
+    return _q4_k_factors_of_four(block, 176, x_scales)
+
 
 @method("codes", Q4_K)
 def _q4_k_codes(fmt, block, chunk):
-    return _low_high(view(u8x64, _twice(block + 16 + 32 * chunk)))
+    return _nibbles(load(u8x64, block + 16 + 64 * (chunk >> 1)), 4 * (chunk & 1))
 
 
 @method("codes", Q5_K)
 def _q5_k_codes(fmt, block, chunk):
-    low = _low_high(view(u8x64, _twice(block + 48 + 32 * chunk)))
-    return low | _fifth_bits(view(u8x64, _twice(block + 16) >> types.uint16(2 * chunk)))
+    half, odd = chunk >> 1, chunk & 1
+    low = _nibbles(load(u8x64, block + 48 + 64 * half), 4 * odd)
+    bits = view(u8x64, view(u16x32, _twice(block + 16)) << types.uint16(4 - 4 * half))
+    return low | _fifth_bits(bits, odd)
 
 
 @method("scales_of_two", Q6_K)
@@ -416,16 +436,16 @@ def _q6_k_scales(fmt, a, b):
 
 
 @method("scales_of_four", Q6_K)
-def _q6_k_scales_of_four(fmt, a, b, c, d):
-    raw = view(i8x64, _four_times_16(a + 192, b + 192, c + 192, d + 192))
+def _q6_k_scales_of_four(fmt, block):
+    raw = view(i8x64, _four_times_16(block + 192, 210))
     return hidden(convert(i16x32, low_half(raw))), hidden(convert(i16x32, high_half(raw)))
 
 
 @method("codes", Q6_K)
 def _q6_k_codes(fmt, block, chunk):
-    half, shift = chunk >> 1, types.uint16(4 * (chunk & 1))
-    low = view(u8x64, view(u16x32, load(u8x64, block + 64 * half)) >> shift) & types.uint8(15)
-    return low | _upper_pairs(view(u8x64, _twice(block + 128 + 32 * half) >> shift))
+    half, odd = chunk >> 1, chunk & 1
+    low = _low_high(_twice(block + 64 * half + 32 * odd), 0)
+    return low | (_pairs(_twice(block + 128 + 32 * half), 2 * odd) << types.uint8(4))
 
 
 # The 16 bytes that end with three words a, b, c and d: 16 scales of 6 bits, 32 too large, nibbles in a and b, upper
@@ -447,13 +467,14 @@ def _q3_k_scales(fmt, a, b):
 
 @method("codes", Q3_K)
 def _q3_k_codes(fmt, block, chunk):
-    raw = _twice(block + 32 + 32 * (chunk >> 1)) >> types.uint16(4 * (chunk & 1))
-    return _pairs(view(u8x64, raw)) | _third_bits(view(u8x64, _twice(block) >> types.uint16(2 * chunk)))
+    half, odd = chunk >> 1, chunk & 1
+    low = _pairs(_twice(block + 32 + 32 * half), 2 * odd)
+    return low | (_third_bits(_twice(block), 4 * half + odd) << types.uint8(2))
 
 
 @method("scales_of_four", Q3_K)
-def _q3_k_scales_of_four(fmt, a, b, c, d):
-    return fmt.scales_of_two(a, b)[0], fmt.scales_of_two(c, d)[0]
+def _q3_k_scales_of_four(fmt, block):
+    return fmt.scales_of_two(block, block + 110)[0], fmt.scales_of_two(block + 220, block + 330)[0]
 
 
 @method("scales_of_two", Q2_K)
@@ -465,8 +486,7 @@ def _q2_k_scales(fmt, a, b):
 
 @method("codes", Q2_K)
 def _q2_k_codes(fmt, block, chunk):
-    raw = _twice(block + 16 + 32 * (chunk >> 1)) >> types.uint16(4 * (chunk & 1))
-    return _pairs(view(u8x64, raw))
+    return _pairs(_twice(block + 16 + 32 * (chunk >> 1)), 2 * (chunk & 1))
 
 
 _shift_by_nibble, _shift_by_pair = shifter(range(0, 32, 4)), shifter(range(0, 16, 2))
@@ -488,4 +508,5 @@ def _iq4_xs_scales(fmt, a, b):
 
 @method("codes", IQ4_XS)
 def _iq4_xs_codes(fmt, block, chunk):
-    return stored_sign(_iq4_value(_nibbles_of_16(block + 8 + 32 * chunk, block + 24 + 32 * chunk)))
+    first = block + 8 + 64 * (chunk >> 1) + 16 * (chunk & 1)
+    return stored_sign(_iq4_value(_nibbles_of_16(first, first + 32)))

@@ -59,7 +59,7 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
             x = load(types.int64, tokens + 8 * m)
             for r in range(n):
                 address = first + (row_4 + r) * row_bytes
-                store(scratch + 64 * r, fmt.row_total(address, x, n_cols, address + ahead))
+                store(scratch + 64 * r, fmt.row_total(address, x, n_cols, address + ahead, scratch + 256))
             a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
             c, d = load(f32x16, scratch + 128), load(f32x16, scratch + 192)
             store_sums(out + 4 * (m * n_rows + row_4), four_sums(a, b, c, d), n)

@@ -7,7 +7,7 @@ a row is read, what lies at another address is fetched: what comes next, as far 
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import scales_offset, sums_offset
+from edge_moe.kernels.activations import natural_group, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
 from edge_moe.kernels.jit import inline_kernel, inlined_method
@@ -44,8 +44,8 @@ _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
 _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
 # of each superblock of two the scales of each chunk
-_a_0, _a_1, _a_2, _a_3 = (picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
-_b_0, _b_1, _b_2, _b_3 = (picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
+_a_0, _a_1, _a_2, _a_3 = (picker([natural_group(4 * c + i // 8) for i in range(32)]) for c in range(4))
+_b_0, _b_1, _b_2, _b_3 = (picker([16 + natural_group(4 * c + i // 8) for i in range(32)]) for c in range(4))
 
 _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0] + [4] * 15)
 
@@ -53,13 +53,14 @@ _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0
 _next_lane = picker([(i + 1) % 16 for i in range(16)])
 _next_16 = picker([(i + 16) % 64 for i in range(64)])
 _first_16 = picker(range(16))
+_in_their_order = picker([natural_group(g) for g in range(16)])
 
 
 @inlined_method(FloatFormat, "row_total")
-def _float_row_total(fmt, row, x, n_cols, ahead):
+def _float_row_total(fmt, row, x, n_cols, ahead, scratch):
     size = fmt.block_bytes
 
-    def row_total(fmt, row, x, n_cols, ahead):
+    def row_total(fmt, row, x, n_cols, ahead, scratch):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
             prefetch(ahead + i * size)
@@ -86,10 +87,10 @@ def _add_pair(fmt, first, second, x, scales, total):
 
 
 @inlined_method(BlockFormat, "narrow_row_total")
-def _block_narrow_row_total(fmt, row, x, n_cols, ahead):
+def _block_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def narrow_row_total(fmt, row, x, n_cols, ahead):
+    def narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
@@ -116,13 +117,13 @@ def _block_narrow_row_total(fmt, row, x, n_cols, ahead):
 
 
 @inlined_method(BlockFormat, "row_total")
-def _block_row_total(fmt, row, x, n_cols, ahead):
+def _block_row_total(fmt, row, x, n_cols, ahead, scratch):
     wide = is_wide(fmt)
 
-    def row_total(fmt, row, x, n_cols, ahead):
+    def row_total(fmt, row, x, n_cols, ahead, scratch):
         if wide and n_cols % 128 == 0:
-            return fmt.wide_row_total(row, x, n_cols, ahead)
-        return fmt.narrow_row_total(row, x, n_cols, ahead)
+            return fmt.wide_row_total(row, x, n_cols, ahead, scratch)
+        return fmt.narrow_row_total(row, x, n_cols, ahead, scratch)
 
     return row_total
 
@@ -153,10 +154,10 @@ def _factors_of_two(fmt, a, b):
 
 
 @inlined_method(SuperblockFormat, "narrow_row_total")
-def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
+def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
     size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
-    def narrow_row_total(fmt, row, x, n_cols, ahead):
+    def narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
@@ -182,11 +183,15 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
 
 
 @inlined_method(SuperblockFormat, "row_total")
-def _superblock_row_total(fmt, row, x, n_cols, ahead):
-    if not is_wide(fmt):
-        return lambda fmt, row, x, n_cols, ahead: fmt.narrow_row_total(row, x, n_cols, ahead)
+def _superblock_row_total(fmt, row, x, n_cols, ahead, scratch):
+    wide = is_wide(fmt)
 
-    return lambda fmt, row, x, n_cols, ahead: fmt.wide_row_total(row, x, n_cols, ahead)
+    def row_total(fmt, row, x, n_cols, ahead, scratch):
+        if wide and n_cols >= 1024:
+            return fmt.wide_row_total(row, x, n_cols, ahead, scratch)
+        return fmt.narrow_row_total(row, x, n_cols, ahead, scratch)
+
+    return row_total
 
 
 # ---- four rows' partial sums
@@ -260,14 +265,14 @@ def _superblock_decode(fmt, row, start, stop, out):
         for i in range(start // 256, stop // 256):
             block, target = row + i * size, out + 1024 * (i - start // 256)
             (d, dmin), (scales, minimums) = fmt.factors(block), fmt.scales(block)
+            scales, minimums = _in_their_order(scales), _in_their_order(minimums)
             for chunk in range(4):
                 codes = fmt.codes(block, chunk)
-                for _ in range(4):
+                for part in range(4):
                     scale = splat(f32x16, d * types.float32(first_lane(scales)))
                     minimum = splat(f32x16, -dmin * types.float32(first_lane(minimums)))
-                    part = view(code_vector, _first_16(codes))
-                    store(target, fma(convert(f32x16, convert(i32x16, part)), scale, minimum))
+                    own, place = view(code_vector, _first_16(codes)), natural_group(4 * chunk + part)
+                    store(target + 64 * place, fma(convert(f32x16, convert(i32x16, own)), scale, minimum))
                     codes, scales, minimums = _next_16(codes), _next_lane(scales), _next_lane(minimums)
-                    target += 64
 
     return decode

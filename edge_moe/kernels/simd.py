@@ -294,37 +294,23 @@ def masker(masks: Sequence[int]) -> Any:
     return mask
 
 
-def bit_field(shifts: Sequence[int], mask: int, left: int = 0) -> Any:
-    """Make an operation on bytes: each part's are shifted right by its own constant, masked, and shifted left by `left`.
+def bit_field(shifts: Sequence[int], mask: int) -> Any:
+    """Make an operation on u8xN that takes bits out of each byte: shifted right by its part's constant, plus one number.
 
-    One instruction where the CPU has such for any rearrangement of a byte's bits.
+    In lanes of 16 bits: what comes over from a neighbour must be masked away.
     """
 
     @intrinsic
-    def field(typingctx: Any, value: Any) -> Any:
-        per_lane = [n for n in shifts for _ in range(value.lanes // len(shifts))]
-
-        def matrix(shift: int) -> int:
-            rows = [(i, i - left + shift) for i in range(8) if i >= left and mask >> (i - left) & 1]
-            return sum(1 << (source + 8 * (7 - i)) for i, source in rows if source < 8)
+    def field(typingctx: Any, value: Any, more: Any) -> Any:
+        wide = Vector(types.uint16, value.lanes // 2)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            t, v = llvm_type(value), args[0]
-            if TARGET.has_gfni and value.lanes == TARGET.register_bytes:
-                octets = ir.VectorType(ir.IntType(64), value.lanes // 8)
-                matrices = ir.Constant(octets, [matrix(n) for n in per_lane[::8]])
-                operands = [v, builder.bitcast(matrices, t), ir.Constant(ir.IntType(8), 0)]
-                return call(builder, f"llvm.x86.vgf2p8affineqb.{8 * value.lanes}", t, operands)
-            # in lanes of 16 bits: what comes over from a neighbour is masked away
-            wide = Vector(types.uint16, value.lanes // 2)
-            if any(per_lane):
-                v = builder.bitcast(builder.lshr(builder.bitcast(v, llvm_type(wide)), constant(wide, per_lane[::2])), t)
-            v = builder.and_(v, constant(value, mask))
-            if left:
-                v = builder.bitcast(builder.shl(builder.bitcast(v, llvm_type(wide)), constant(wide, left)), t)
-            return v
+            own = constant(wide, [n for n in shifts for _ in range(wide.lanes // len(shifts))])
+            by = builder.add(own, spread(builder, builder.trunc(args[1], ir.IntType(16)), wide.lanes))
+            shifted = builder.lshr(builder.bitcast(args[0], llvm_type(wide)), by)
+            return builder.and_(builder.bitcast(shifted, args[0].type), constant(value, mask))
 
-        return value(value), codegen
+        return value(value, types.int64), codegen
 
     return field
 
@@ -436,6 +422,19 @@ def reduce_max(typingctx: Any, value: Any) -> Any:
         return call(builder, f"llvm.vector.reduce.fmax.{suffix(llvm_type(value))}", llvm_type(value.element), args)
 
     return value.element(value), codegen
+
+
+@intrinsic
+def lanes_from(typingctx: Any, first: Any, value: Any) -> Any:
+    """Floats with zeros in the lanes before one."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lane_type = ir.VectorType(INT32, value.lanes)
+        lanes = ir.Constant(lane_type, list(range(value.lanes)))
+        bounds = spread(builder, builder.trunc(args[0], INT32), value.lanes)
+        return builder.select(builder.icmp_signed(">=", lanes, bounds), args[1], constant(value, 0.0))
+
+    return value(types.int64, value), codegen
 
 
 @intrinsic

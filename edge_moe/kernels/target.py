@@ -12,7 +12,7 @@ _V2 = {"ssse3", "sse4.1"}
 _V3 = _V2 | {"avx2", "f16c", "fma"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _VNNI512 = _V4 | {"avx512vnni"}
-_GFNI = _VNNI512 | {"gfni", "avx512vbmi"}
+_VBMI = _VNNI512 | {"avx512vbmi"}
 _FEATURES_OF_CPU = {
     "x86-64-v2": _V2,
     "nehalem": _V2,
@@ -26,10 +26,10 @@ _FEATURES_OF_CPU = {
     "x86-64-v4": _V4,
     "skylake-avx512": _V4,
     "cascadelake": _VNNI512,
-    "icelake-server": _GFNI,
-    "sapphirerapids": _GFNI,
-    "znver4": _GFNI,
-    "znver5": _GFNI,
+    "icelake-server": _VBMI,
+    "sapphirerapids": _VBMI,
+    "znver4": _VBMI,
+    "znver5": _VBMI,
 }
 
 Dot = Literal["avx512vnni", "avxvnni", "avx512", "avx2", "ssse3", "usdot", "sdot", "plain"]
@@ -45,7 +45,6 @@ class Target:
     register_bytes: int
     registers: int
     is_x86: bool = True
-    has_gfni: bool = False  # an instruction that rearranges the bits of bytes
     has_vbmi: bool = False  # one that picks bytes from all of two registers
 
     @property
@@ -64,7 +63,7 @@ def target_of(triple: str, features: set[str]) -> Target:
     f16 = "f16c" in features
     if {"avx512bw", "avx512vl"} <= features:
         dot = "avx512vnni" if "avx512vnni" in features else "avx512"
-        return Target(dot, "avx512", f16, 64, 32, has_gfni="gfni" in features, has_vbmi="avx512vbmi" in features)
+        return Target(dot, "avx512", f16, 64, 32, has_vbmi="avx512vbmi" in features)
     if "avx2" in features:
         return Target("avxvnni" if "avxvnni" in features else "avx2", "avx2", f16, 32, 16)
     return Target("ssse3", "ssse3", f16, 16, 16) if "ssse3" in features else Target("plain", "plain", f16, 16, 16)

@@ -6,7 +6,7 @@ What the blocks have besides their codes, scales and minimums, is then taken out
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import scales_offset, sums_offset
+from edge_moe.kernels.activations import natural_group, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
 from edge_moe.kernels.jit import inlined_method
@@ -16,14 +16,17 @@ from edge_moe.kernels.simd import (
     f32x16,
     fma,
     from_half,
+    hidden,
     i8x64,
     i16x32,
     i32x16,
     join,
+    lanes_from,
     load,
     picker,
     prefetch,
     splat,
+    store,
 )
 from edge_moe.kernels.target import TARGET
 
@@ -39,7 +42,6 @@ def is_wide(fmt: FormatTag) -> bool:
 
 # ---- superblocks
 
-_factor_a, _factor_b, _factor_c, _factor_d = (picker([2 * k] * 16) for k in range(4))
 _factors_ab, _factors_cd = picker([i // 8 * 2 for i in range(16)]), picker([4 + i // 8 * 2 for i in range(16)])
 _four_dmins = picker([2 * (i // 4) + 1 for i in range(16)])
 # of two superblocks with 8 scales and 8 minimums each the minimums, of 16 sums each those of 32 columns
@@ -52,9 +54,9 @@ def _scale_pickers(group: int) -> list:
 
     Packed sums are four of one chunk and four of the next, for each 16 of a chunk's columns.
     """
-    per_chunk = 64 // group
+    step = group // 16
     return [
-        picker([16 * s + per_chunk * (2 * p + i % 8 // 4) + i // 8 * 16 // group for i in range(32)])
+        picker([16 * s + natural_group(4 * (2 * p + i % 8 // 4) + i // 8) // step for i in range(32)])
         for s in range(2)
         for p in range(2)
     ]
@@ -76,27 +78,32 @@ def _sums_of_one(fmt, block, x, scales_01, scales_23):
 
 
 @inlined_method(SuperblockFormat, "wide_row_total")
-def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
+def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
     size, group, offset = fmt.block_bytes, fmt.group, types.float32(fmt.offset)
     a_01, a_23, b_01, b_23 = _scale_pickers(group)
 
-    def wide_row_total(fmt, row, x, n_cols, ahead):
-        """What a row's end lacks is its last superblock once more, times scales and sums of zero."""
-        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
+    def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
+        """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
+        scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 256), n_cols // 256
         even = odd = minimums = splat(f32x16, types.float32(0.0))
-        last, last_x = row + (n_cols // 256 - 1) * size, x + n_cols - 256
-        for i in range(0, n_cols // 256, 4):
-            a, x_a = row + i * size, x + 256 * i
-            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-            x_b, x_c, x_d = min(x_a + 256, last_x), min(x_a + 512, last_x), min(x_a + 768, last_x)
+        for step in range(0, n_blocks, 4):
+            i = min(step, n_blocks - 4)
+            block, columns = row + i * size, x + 256 * i
             for line in range(0, 4 * size, 64):
-                prefetch(ahead + i * size + line)
-            ab, cd = fmt.scales_of_four(a, b, c, d)
-            factors = fmt.factors_of_four(a, b, c, d, load(f32x4, scales + 4 * i))
-            even = fma(fmt.sums_of_one(a, x_a, a_01(ab), a_23(ab)), _factor_a(factors), even)
-            odd = fma(fmt.sums_of_one(b, x_b, b_01(ab), b_23(ab)), _factor_b(factors), odd)
-            even = fma(fmt.sums_of_one(c, x_c, a_01(cd), a_23(cd)), _factor_c(factors), even)
-            odd = fma(fmt.sums_of_one(d, x_d, b_01(cd), b_23(cd)), _factor_d(factors), odd)
+                prefetch(ahead + step * size + line)
+            ab, cd = fmt.scales_of_four(block)
+            factors = fmt.factors_of_four(block, lanes_from(step - i, load(f32x4, scales + 4 * i)))
+            # numbers that fill a register are cheapest from memory; LLVM shall not know that they were stored just now
+            store(scratch, factors)
+            stored = hidden(scratch)
+            a = fmt.sums_of_one(block, columns, a_01(ab), a_23(ab))
+            even = fma(a, splat(f32x16, load(types.float32, stored)), even)
+            b = fmt.sums_of_one(block + size, columns + 256, b_01(ab), b_23(ab))
+            odd = fma(b, splat(f32x16, load(types.float32, stored + 8)), odd)
+            c = fmt.sums_of_one(block + 2 * size, columns + 512, a_01(cd), a_23(cd))
+            even = fma(c, splat(f32x16, load(types.float32, stored + 16)), even)
+            d = fmt.sums_of_one(block + 3 * size, columns + 768, b_01(cd), b_23(cd))
+            odd = fma(d, splat(f32x16, load(types.float32, stored + 24)), odd)
             sums_ab, sums_cd = load(i16x32, sums + 32 * i), load(i16x32, sums + 32 * i + 64)
             if group == 32:
                 both = join(sums_ab, sums_cd)
@@ -119,10 +126,10 @@ _in_first_quarter = picker([0, 1, 2, 3] + [4] * 12)
 
 
 @inlined_method(BlockFormat, "wide_row_total")
-def _block_wide_row_total(fmt, row, x, n_cols, ahead):
+def _block_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def wide_row_total(fmt, row, x, n_cols, ahead):
+    def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
         """For a number of blocks that is a multiple of four."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
         none = splat(i32x16, types.int32(0))
