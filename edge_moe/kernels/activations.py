@@ -1,9 +1,11 @@
 """The int8 form in which activations meet quantized weights, one record for each token.
 
-A record holds the codes int8[columns] (for groups of 256 in the order of `natural_group`), a float scale for each group of columns, and the codes' sums, which meet the
+A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
+groups of 32, or two of 256. For groups of 256 the codes follow once more, in the order in
+which 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 in the lower halves, 32 to 63 and 96 to 127 in the
+upper ones. For panels, the records of a few tokens, without these, are interleaved to a tile.
 """
 
 from numba import types
@@ -56,24 +58,34 @@ def sums_offset(n_cols, group):
 
 
 @both_sides
-def record_bytes(n_cols, group):
-    """Bytes from one token's record to the next, a multiple of 64."""
+def tiled_bytes(n_cols, group):
+    """Bytes of a record that tiles hold, a multiple of 64."""
     return (sums_offset(n_cols, group) + _summed_columns(n_cols, group) // 8 + 63) & ~63
 
 
 @both_sides
-def natural_group(group):
-    """Which 16 of 256 columns are in a place of a record: of each 128, blocks of 32 lie in the order 0, 2, 1, 3.
+def nibbles_offset(n_cols):
+    """Where in a record for groups of 256 the codes are once more, in bytes."""
+    return tiled_bytes(n_cols, 256)
 
-    So lie the low and the high halves of bytes in superblocks. The order is its own inverse.
-    """
-    return (group & 9) | (group & 2) << 1 | (group & 4) >> 1
+
+@both_sides
+def record_bytes(n_cols, group):
+    """Bytes from one token's record to the next, a multiple of 64."""
+    return tiled_bytes(n_cols, group) + (padded_columns(n_cols) if group == 256 else 0)
+
+
+@both_sides
+def _nibble_place(column):
+    """Place of a column among the codes in the order of nibbles: of each 128, blocks of 32 as 0, 2, 1, 3."""
+    return (column & ~96) | (column & 32) << 1 | (column & 64) >> 1
 
 
 @inline_kernel
 def _quantize_row(x, record, n_cols, group):
     """x f32[n_cols] at an address -> its record at another."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, group)
+    in_nibbles = record + nibbles_offset(n_cols)
     for start in range(0, n_cols, group):
         largest = splat(f32x16, types.float32(0.0))
         for i in range(start, start + group, 16):
@@ -83,14 +95,12 @@ def _quantize_row(x, record, n_cols, group):
         group_sum = types.int32(0)
         for i in range(start, start + group, 16):
             codes = convert(i32x16, rounded(load(f32x16, x + 4 * i) * inverse))
-            place = i
-            if group == 256:
-                place = start + 16 * natural_group((i - start) // 16)
-            store(record + place, convert(i8x16, codes))
+            store(record + i, convert(i8x16, codes))
             part = reduce_add(codes)
             group_sum += part
             if group == 256:
                 store(sums + i // 8, types.int16(part))
+                store(in_nibbles + _nibble_place(i), convert(i8x16, codes))
         store(scales + start // group * 4, scale)
         if group == 32:
             store(sums + start // 8, types.float32(group_sum) * scale)

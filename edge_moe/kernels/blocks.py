@@ -6,12 +6,11 @@ superblocks of 256 with integer scales for each 16 or 32 columns. A format is a 
 - floats: `load(address) -> f32x16`, `load_one(address) -> f32`
 - blocks of 32: `codes(first, second)`; value = scale * (code - offset), or scale * code + minimum where `offset` is
   None: the scale is the block's first number in f16, the minimum its second
-- superblocks: `codes(block, chunk)` for 64 columns, each of 128 columns the first chunk for columns 0 to 31 and 64 to
-  95, the second for the others (see `natural_group`), `scales_of_two(a, b)` -> (scales i16x32, minimums i16x32) of two
+- superblocks: `codes(block, chunk)` for 64 columns, `scales_of_two(a, b)` -> (scales i16x32, minimums i16x32) of two
   superblocks, each for 16 columns: value = d * scale * code - dmin * minimum; d is the f16 at `d_offset`, dmin the one
   behind it, or d again
 
-Codes are u8x64 in the order of the activations' codes; formats with signed codes return `stored_sign(codes)`.
+Codes are u8x64 in the order of the columns; formats with signed codes return `stored_sign(codes)`.
 
 Source: ggml-common.h (block layouts) and ggml-quants.c (their meaning).
 """
@@ -116,6 +115,7 @@ class SuperblockFormat(FormatTag):
         self.d_offset, self.has_dmin, self.offset = d_offset, has_dmin, offset
         # sums of four codes times int8 fit 16 bits, and minimums are those of 32 columns or the same for all codes
         self.is_wide = 0 < max_code < 64 and has_dmin == (group == 32)
+        self.in_nibbles = group == 32 and has_dmin  # `wide_codes` are in the order of nibbles, not of columns
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -180,6 +180,11 @@ def _block_factors(fmt, block):
 @overload_method(SuperblockFormat, "codes")
 def _superblock_codes(fmt, block, chunk):
     return _METHODS[fmt.format_name, "codes"]
+
+
+@overload_method(SuperblockFormat, "wide_codes")
+def _superblock_wide_codes(fmt, block, chunk):
+    return _METHODS.get((fmt.format_name, "wide_codes"), _METHODS[fmt.format_name, "codes"])
 
 
 @overload_method(SuperblockFormat, "scales_of_two")
@@ -264,8 +269,9 @@ def _bf16_load_one(fmt, address):
 # ---- parts of a register
 
 # Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
+_left_4_2, _shift_0_2 = shifter((-4, -2)), shifter((0, 2))
 _nibbles, _low_high, _low_high_twice = bit_field((0,), 15), bit_field((0, 4), 15), bit_field((0, 4, 0, 4), 15)
-_pairs, _fifth_bits, _third_bits = bit_field((0, 4), 3), bit_field((0, 2), 16), bit_field((0, 2), 1)
+_pairs, _next_bits, _fifth_bits = bit_field((0, 2), 3), bit_field((0, 1), 1), bit_field((0, 2), 16)
 
 
 @inline_kernel
@@ -418,11 +424,21 @@ def _(fmt, block, x_scales):
 
 @method("codes", Q4_K)
 def _q4_k_codes(fmt, block, chunk):
+    return _low_high(_twice(block + 16 + 32 * chunk), 0)
+
+
+@method("wide_codes", Q4_K)
+def _q4_k_wide_codes(fmt, block, chunk):
     return _nibbles(load(u8x64, block + 16 + 64 * (chunk >> 1)), 4 * (chunk & 1))
 
 
 @method("codes", Q5_K)
 def _q5_k_codes(fmt, block, chunk):
+    return _low_high(_twice(block + 48 + 32 * chunk), 0) | (_next_bits(_twice(block + 16), 2 * chunk) << types.uint8(4))
+
+
+@method("wide_codes", Q5_K)
+def _q5_k_wide_codes(fmt, block, chunk):
     half, odd = chunk >> 1, chunk & 1
     low = _nibbles(load(u8x64, block + 48 + 64 * half), 4 * odd)
     bits = view(u8x64, view(u16x32, _twice(block + 16)) << types.uint16(4 - 4 * half))
@@ -444,8 +460,10 @@ def _q6_k_scales_of_four(fmt, block):
 @method("codes", Q6_K)
 def _q6_k_codes(fmt, block, chunk):
     half, odd = chunk >> 1, chunk & 1
-    low = _low_high(_twice(block + 64 * half + 32 * odd), 0)
-    return low | (_pairs(_twice(block + 128 + 32 * half), 2 * odd) << types.uint8(4))
+    low = _nibbles(load(u8x64, block + 64 * half), 4 * odd)
+    bits = view(u16x32, _twice(block + 128 + 32 * half))
+    high = _left_4_2(bits) if odd == 0 else _shift_0_2(bits)
+    return low | (view(u8x64, high) & types.uint8(0x30))
 
 
 # The 16 bytes that end with three words a, b, c and d: 16 scales of 6 bits, 32 too large, nibbles in a and b, upper
@@ -467,9 +485,8 @@ def _q3_k_scales(fmt, a, b):
 
 @method("codes", Q3_K)
 def _q3_k_codes(fmt, block, chunk):
-    half, odd = chunk >> 1, chunk & 1
-    low = _pairs(_twice(block + 32 + 32 * half), 2 * odd)
-    return low | (_third_bits(_twice(block), 4 * half + odd) << types.uint8(2))
+    low = _pairs(_twice(block + 32 + 32 * (chunk >> 1)), 4 * (chunk & 1))
+    return low | (_next_bits(_twice(block), 2 * chunk) << types.uint8(2))
 
 
 @method("scales_of_four", Q3_K)
@@ -486,7 +503,7 @@ def _q2_k_scales(fmt, a, b):
 
 @method("codes", Q2_K)
 def _q2_k_codes(fmt, block, chunk):
-    return _pairs(_twice(block + 16 + 32 * (chunk >> 1)), 2 * (chunk & 1))
+    return _pairs(_twice(block + 16 + 32 * (chunk >> 1)), 4 * (chunk & 1))
 
 
 _shift_by_nibble, _shift_by_pair = shifter(range(0, 32, 4)), shifter(range(0, 16, 2))
@@ -508,5 +525,4 @@ def _iq4_xs_scales(fmt, a, b):
 
 @method("codes", IQ4_XS)
 def _iq4_xs_codes(fmt, block, chunk):
-    first = block + 8 + 64 * (chunk >> 1) + 16 * (chunk & 1)
-    return stored_sign(_iq4_value(_nibbles_of_16(first, first + 32)))
+    return stored_sign(_iq4_value(_nibbles_of_16(block + 8 + 32 * chunk, block + 24 + 32 * chunk)))

@@ -7,7 +7,7 @@ followed, for each piece of 64 or 256 columns, by the scales and minimums [..][1
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import natural_group, padded_columns, scales_offset, sums_offset
+from edge_moe.kernels.activations import padded_columns, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import VIA_16_BITS
 from edge_moe.kernels.jit import inline_kernel
@@ -182,8 +182,7 @@ def _superblock_tile(fmt, panel, x, n_cols):
         for i in range(n_cols // 256):
             products = tile_zero(i32x16)
             for g in range(256 // group):
-                own = natural_group(g * (group // 16)) // (group // 16)
-                scale = load(i32x16, panel + SCALES + 64 * own)
+                scale = load(i32x16, panel + SCALES + 64 * g)
                 products = tile_add_scaled_dot(fmt, products, panel + 16 * group * g, x, 256 * i + group * g, scale)
             total = tile_add_scaled(total, products, load(f32x16, panel + FACTORS), x, scales + 4 * i)
             if has_minimum:

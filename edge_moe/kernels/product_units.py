@@ -9,7 +9,7 @@ from numba import types
 from edge_moe.kernels import panels  # noqa: F401 (its methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import first_of_unit
-from edge_moe.kernels.rows import ROWS_AT_ONCE, four_sums, store_sums
+from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 
@@ -52,17 +52,14 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     """Rows times tokens, straight from the blocks, while what lies `ahead` bytes behind them is fetched."""
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)
     n_rows, out, begin, end = field(group, N_ROWS), field(group, OUT), field(group, BEGIN), field(group, END)
-    first = field(group, ADDRESS)
-    for row_4 in range(row, row_end, ROWS_AT_ONCE):
-        n = min(row_end - row_4, ROWS_AT_ONCE)
+    address = field(group, ADDRESS) + row * row_bytes
+    for r in range(row, row_end, ROWS_AT_ONCE):
+        n = min(row_end - r, ROWS_AT_ONCE)
         for m in range(begin, end):
             x = load(types.int64, tokens + 8 * m)
-            for r in range(n):
-                address = first + (row_4 + r) * row_bytes
-                store(scratch + 64 * r, fmt.row_total(address, x, n_cols, address + ahead, scratch + 256))
-            a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
-            c, d = load(f32x16, scratch + 128), load(f32x16, scratch + 192)
-            store_sums(out + 4 * (m * n_rows + row_4), four_sums(a, b, c, d), n)
+            sums = fmt.sums_of_rows(address, row_bytes, n, x, n_cols, address + ahead, scratch)
+            store_sums(out + 4 * (m * n_rows + r), sums, n)
+        address += ROWS_AT_ONCE * row_bytes
 
 
 @spliced_kernel

@@ -14,7 +14,7 @@ from numba import get_num_threads
 from edge_moe.errors import ShapeError
 from edge_moe.formats import BlockFormat
 from edge_moe.kernels import product_units as units
-from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes
+from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes, tiled_bytes
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import kernel
 from edge_moe.kernels.launch import compiled_address, launch
@@ -34,7 +34,7 @@ def _quantize(quantize, group, x, records, stride, n_threads):
 
 
 @kernel
-def _interleave(interleave, matrices, tokens, record_bytes, tiles, tile_bytes, n_threads):
+def _interleave(interleave, matrices, tokens, tiled, tiles, tile_bytes, n_threads):
     """Records at addresses i64[M] -> tiles at an address, for the matrices with many entries."""
     table, n = np.empty(tiles.size // tile_bytes * TILE_TOKENS, np.int64), 0
     for g in range(len(matrices)):
@@ -43,8 +43,8 @@ def _interleave(interleave, matrices, tokens, record_bytes, tiles, tile_bytes, n
             for m in range(begin, begin + (end - begin + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS):
                 table[n] = tokens[min(m, end - 1)]  # a last tile that is not full repeats its last token
                 n += 1
-    plan = np.array([0, n // TILE_TOKENS, address_of(table), record_bytes, address_of(tiles), tile_bytes])
-    launch(interleave, address_of(plan), n // TILE_TOKENS, n * record_bytes, n_threads)
+    plan = np.array([0, n // TILE_TOKENS, address_of(table), tiled, address_of(tiles), tile_bytes])
+    launch(interleave, address_of(plan), n // TILE_TOKENS, n * tiled, n_threads)
     return plan.size + table.size  # these must live until here
 
 
@@ -70,10 +70,11 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads):
         n_products += n_tokens * matrices[g, 1]
         if n_tokens >= units.PANEL_TOKENS:
             n_tiles += (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
-    tile_bytes = TILE_TOKENS * ((stride + 63) & ~63)
+    tiled = tiled_bytes(n_cols, group) if group else stride
+    tile_bytes = TILE_TOKENS * ((tiled + 63) & ~63)
     tiles = np.empty(n_tiles * tile_bytes, np.uint8)
     if n_tiles:
-        _interleave(interleave, matrices, tokens, stride, tiles, tile_bytes, n_threads)
+        _interleave(interleave, matrices, tokens, tiled, tiles, tile_bytes, n_threads)
     panels = most >= units.PANEL_TOKENS
     plan = np.empty(units.GROUPS + units.GROUP_FIELDS * len(matrices), np.int64)
     plan[units.COUNTER], plan[units.N_COLS], plan[units.ROW_BYTES] = 0, n_cols, row_bytes

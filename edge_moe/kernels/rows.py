@@ -7,8 +7,8 @@ a row is read, what lies at another address is fetched: what comes next, as far 
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import natural_group, scales_offset, sums_offset
-from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
+from edge_moe.kernels.activations import scales_offset, sums_offset
+from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
 from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
@@ -38,14 +38,14 @@ from edge_moe.kernels.simd import (
     u16x4,
     view,
 )
-from edge_moe.kernels.wide_rows import is_wide
+from edge_moe.kernels.wide_rows import is_wide, quarter_sums, quarters
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
 _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
 # of each superblock of two the scales of each chunk
-_a_0, _a_1, _a_2, _a_3 = (picker([natural_group(4 * c + i // 8) for i in range(32)]) for c in range(4))
-_b_0, _b_1, _b_2, _b_3 = (picker([16 + natural_group(4 * c + i // 8) for i in range(32)]) for c in range(4))
+_a_0, _a_1, _a_2, _a_3 = (picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
+_b_0, _b_1, _b_2, _b_3 = (picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
 
 _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0] + [4] * 15)
 
@@ -53,7 +53,6 @@ _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0
 _next_lane = picker([(i + 1) % 16 for i in range(16)])
 _next_16 = picker([(i + 16) % 64 for i in range(64)])
 _first_16 = picker(range(16))
-_in_their_order = picker([natural_group(g) for g in range(16)])
 
 
 @inlined_method(FloatFormat, "row_total")
@@ -86,11 +85,11 @@ def _add_pair(fmt, first, second, x, scales, total):
     return fma(convert(f32x16, products), scales, total)
 
 
-@inlined_method(BlockFormat, "narrow_row_total")
-def _block_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
+@inlined_method(BlockFormat, "row_total")
+def _block_row_total(fmt, row, x, n_cols, ahead, scratch):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
+    def row_total(fmt, row, x, n_cols, ahead, scratch):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
@@ -112,18 +111,6 @@ def _block_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
         if offset is not None:
             minimums = minimums * types.float32(-offset)
         return even + odd + _in_first_quarter(join(minimums, splat(f32x4, types.float32(0.0))))
-
-    return narrow_row_total
-
-
-@inlined_method(BlockFormat, "row_total")
-def _block_row_total(fmt, row, x, n_cols, ahead, scratch):
-    wide = is_wide(fmt)
-
-    def row_total(fmt, row, x, n_cols, ahead, scratch):
-        if wide and n_cols % 128 == 0:
-            return fmt.wide_row_total(row, x, n_cols, ahead, scratch)
-        return fmt.narrow_row_total(row, x, n_cols, ahead, scratch)
 
     return row_total
 
@@ -194,24 +181,27 @@ def _superblock_row_total(fmt, row, x, n_cols, ahead, scratch):
     return row_total
 
 
-# ---- four rows' partial sums
+# ---- four rows
 
 ROWS_AT_ONCE = 4
-_even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
-_even_16, _odd_16 = picker(range(0, 16, 2)), picker(range(1, 16, 2))
-_even_8, _odd_8 = picker(range(0, 8, 2)), picker(range(1, 8, 2))
 _next_of_4 = picker([1, 2, 3, 0])
 
 
-@inline_kernel
-def four_sums(a, b, c, d):
-    """The sums of all lanes of four f32x16 -> f32x4, each always added in the same order."""
-    ab = join(low_half(a), low_half(b)) + join(high_half(a), high_half(b))
-    cd = join(low_half(c), low_half(d)) + join(high_half(c), high_half(d))
-    both = join(ab, cd)
-    quarters = _even_32(both) + _odd_32(both)
-    eighths = _even_16(quarters) + _odd_16(quarters)
-    return _even_8(eighths) + _odd_8(eighths)
+@inlined_method(FormatTag, "sums_of_rows")
+def _sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
+    four_at_once = is_wide(fmt) and isinstance(fmt, BlockFormat)
+
+    def sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
+        """Up to four rows times one token's record: f32x4. Scratch has room for five registers."""
+        if four_at_once and n_cols % 128 == 0:
+            return fmt.wide_sums(row, row_bytes, n_rows, x, n_cols, ahead)
+        for r in range(n_rows):
+            address = row + r * row_bytes
+            store(scratch + 64 * r, fmt.row_total(address, x, n_cols, ahead + r * row_bytes, scratch + 256))
+        a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
+        return quarter_sums(quarters(a, b, load(f32x16, scratch + 128), load(f32x16, scratch + 192)))
+
+    return sums_of_rows
 
 
 @inline_kernel
@@ -265,14 +255,14 @@ def _superblock_decode(fmt, row, start, stop, out):
         for i in range(start // 256, stop // 256):
             block, target = row + i * size, out + 1024 * (i - start // 256)
             (d, dmin), (scales, minimums) = fmt.factors(block), fmt.scales(block)
-            scales, minimums = _in_their_order(scales), _in_their_order(minimums)
             for chunk in range(4):
                 codes = fmt.codes(block, chunk)
-                for part in range(4):
+                for _ in range(4):
                     scale = splat(f32x16, d * types.float32(first_lane(scales)))
                     minimum = splat(f32x16, -dmin * types.float32(first_lane(minimums)))
-                    own, place = view(code_vector, _first_16(codes)), natural_group(4 * chunk + part)
-                    store(target + 64 * place, fma(convert(f32x16, convert(i32x16, own)), scale, minimum))
+                    part = view(code_vector, _first_16(codes))
+                    store(target, fma(convert(f32x16, convert(i32x16, part)), scale, minimum))
                     codes, scales, minimums = _next_16(codes), _next_lane(scales), _next_lane(minimums)
+                    target += 64
 
     return decode

@@ -6,10 +6,10 @@ What the blocks have besides their codes, scales and minimums, is then taken out
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import natural_group, scales_offset, sums_offset
+from edge_moe.kernels.activations import nibbles_offset, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
-from edge_moe.kernels.jit import inlined_method
+from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
     convert,
     f32x4,
@@ -17,12 +17,14 @@ from edge_moe.kernels.simd import (
     fma,
     from_half,
     hidden,
+    high_half,
     i8x64,
     i16x32,
     i32x16,
     join,
     lanes_from,
     load,
+    low_half,
     picker,
     prefetch,
     splat,
@@ -40,6 +42,29 @@ def is_wide(fmt: FormatTag) -> bool:
     return isinstance(fmt, SuperblockFormat) and fmt.is_wide
 
 
+# ---- four rows' partial sums
+
+_even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
+_even_16, _odd_16 = picker(range(0, 16, 2)), picker(range(1, 16, 2))
+_even_8, _odd_8 = picker(range(0, 8, 2)), picker(range(1, 8, 2))
+
+
+@inline_kernel
+def quarters(a, b, c, d):
+    """Four f32x16 to one, each summed up to four lanes, always in the same order."""
+    ab = join(low_half(a), low_half(b)) + join(high_half(a), high_half(b))
+    cd = join(low_half(c), low_half(d)) + join(high_half(c), high_half(d))
+    both = join(ab, cd)
+    return _even_32(both) + _odd_32(both)
+
+
+@inline_kernel
+def quarter_sums(v):
+    """The sums of each four lanes of f32x16 -> f32x4."""
+    eighths = _even_16(v) + _odd_16(v)
+    return _even_8(eighths) + _odd_8(eighths)
+
+
 # ---- superblocks
 
 _factors_ab, _factors_cd = picker([i // 8 * 2 for i in range(16)]), picker([4 + i // 8 * 2 for i in range(16)])
@@ -49,14 +74,18 @@ _minimums = picker([16 * k + 8 + i for k in range(4) for i in range(8)])
 _even, _odd = picker(range(0, 64, 2)), picker(range(1, 64, 2))
 
 
-def _scale_pickers(group: int) -> list:
+def _scale_pickers(group: int, in_nibbles: bool) -> list:
     """Of two superblocks' scales i16x32 those that meet the packed sums of two chunks: of each of the two both pairs.
 
     Packed sums are four of one chunk and four of the next, for each 16 of a chunk's columns.
     """
-    step = group // 16
+
+
+    def block_of(i: int) -> int:  # of 16 columns
+        return (i & 9) | (i & 2) << 1 | (i & 4) >> 1 if in_nibbles else i
+
     return [
-        picker([16 * s + natural_group(4 * (2 * p + i % 8 // 4) + i // 8) // step for i in range(32)])
+        picker([16 * s + block_of(4 * (2 * p + i % 8 // 4) + i // 8) * 16 // group for i in range(32)])
         for s in range(2)
         for p in range(2)
     ]
@@ -67,10 +96,10 @@ def _sums_of_one(fmt, block, x, scales_01, scales_23):
     def sums_of_one(fmt, block, x, scales_01, scales_23):
         """A superblock times 256 columns, its chunks' scales i16x32 for two each: f32x16, without its minimums."""
         none = splat(i32x16, types.int32(0))
-        sums_0 = add_dot(none, fmt.codes(block, 0), load(i8x64, x))
-        sums_1 = add_dot(none, fmt.codes(block, 1), load(i8x64, x + 64))
-        sums_2 = add_dot(none, fmt.codes(block, 2), load(i8x64, x + 128))
-        sums_3 = add_dot(none, fmt.codes(block, 3), load(i8x64, x + 192))
+        sums_0 = add_dot(none, fmt.wide_codes(block, 0), load(i8x64, x))
+        sums_1 = add_dot(none, fmt.wide_codes(block, 1), load(i8x64, x + 64))
+        sums_2 = add_dot(none, fmt.wide_codes(block, 2), load(i8x64, x + 128))
+        sums_3 = add_dot(none, fmt.wide_codes(block, 3), load(i8x64, x + 192))
         total = add_pair_dot(none, packed_sums(sums_0, sums_1), scales_01)
         return convert(f32x16, add_pair_dot(total, packed_sums(sums_2, sums_3), scales_23))
 
@@ -79,16 +108,17 @@ def _sums_of_one(fmt, block, x, scales_01, scales_23):
 
 @inlined_method(SuperblockFormat, "wide_row_total")
 def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
-    size, group, offset = fmt.block_bytes, fmt.group, types.float32(fmt.offset)
-    a_01, a_23, b_01, b_23 = _scale_pickers(group)
+    size, group, offset, in_nibbles = fmt.block_bytes, fmt.group, types.float32(fmt.offset), fmt.in_nibbles
+    a_01, a_23, b_01, b_23 = _scale_pickers(group, in_nibbles)
 
     def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 256), n_cols // 256
+        codes = x + nibbles_offset(n_cols) if in_nibbles else x
         even = odd = minimums = splat(f32x16, types.float32(0.0))
         for step in range(0, n_blocks, 4):
             i = min(step, n_blocks - 4)
-            block, columns = row + i * size, x + 256 * i
+            block, columns = row + i * size, codes + 256 * i
             for line in range(0, 4 * size, 64):
                 prefetch(ahead + step * size + line)
             ab, cd = fmt.scales_of_four(block)
@@ -122,34 +152,51 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
 # ---- blocks of 32
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
-_in_first_quarter = picker([0, 1, 2, 3] + [4] * 12)
 
 
-@inlined_method(BlockFormat, "wide_row_total")
-def _block_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
-    size, offset = fmt.block_bytes, fmt.offset
+@inlined_method(BlockFormat, "add_four_blocks")
+def _add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums):
+    offset = fmt.offset
 
-    def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
-        """For a number of blocks that is a multiple of four."""
-        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
+    def add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums):
+        """(f32x16, f32x4) plus a row's four blocks times 128 columns, whose scales and sums are f32x4."""
         none = splat(i32x16, types.int32(0))
-        even = odd = splat(f32x16, types.float32(0.0))
-        minimums = splat(f32x4, types.float32(0.0))
-        for i in range(0, n_cols // 32, 4):
-            for line in range(0, 4 * size, 64):
-                prefetch(ahead + i * size + line)
-            first, second, own, lowest = fmt.codes_of_four(row + i * size)
-            own = from_half(own)
-            factors = own * load(f32x4, scales + 4 * i)
-            even = fma(convert(f32x16, add_dot(none, first, load(i8x64, x + 32 * i))), _first_two(factors), even)
-            odd = fma(convert(f32x16, add_dot(none, second, load(i8x64, x + 32 * i + 64))), _last_two(factors), odd)
-            if offset is None:
-                minimums = fma(from_half(lowest), load(f32x4, sums + 4 * i), minimums)
-            elif offset:
-                minimums = fma(own, load(f32x4, sums + 4 * i), minimums)
-        if offset is not None:
-            minimums = minimums * types.float32(-offset)
-        both = join(minimums, splat(f32x4, types.float32(0.0)))
-        return even + odd + _in_first_quarter(both)
+        first, second, own, lowest = fmt.codes_of_four(block)
+        own = from_half(own)
+        factors = own * scales
+        total = fma(convert(f32x16, add_dot(none, first, x_01)), _first_two(factors), total)
+        total = fma(convert(f32x16, add_dot(none, second, x_23)), _last_two(factors), total)
+        if offset is None:
+            minimums = fma(from_half(lowest), sums, minimums)
+        elif offset:
+            minimums = fma(own, sums, minimums)
+        return total, minimums
 
-    return wide_row_total
+    return add_four_blocks
+
+
+@inlined_method(BlockFormat, "wide_sums")
+def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
+    size, offset = fmt.block_bytes, types.float32(-fmt.offset if fmt.offset is not None else 1)
+
+    def wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
+        """Up to four rows of a number of blocks that is a multiple of four: f32x4."""
+        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
+        last = row + (n_rows - 1) * row_bytes
+        a, b, c, d = row, min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
+        total_a = total_b = total_c = total_d = splat(f32x16, types.float32(0.0))
+        low_a = low_b = low_c = low_d = splat(f32x4, types.float32(0.0))
+        for i in range(0, n_cols // 32, 4):
+            at = i * size
+            for line in range(0, 16 * size, 64):
+                prefetch(ahead + 4 * at + line)
+            x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
+            s, m = load(f32x4, scales + 4 * i), load(f32x4, sums + 4 * i)
+            total_a, low_a = fmt.add_four_blocks(total_a, low_a, a + at, x_01, x_23, s, m)
+            total_b, low_b = fmt.add_four_blocks(total_b, low_b, b + at, x_01, x_23, s, m)
+            total_c, low_c = fmt.add_four_blocks(total_c, low_c, c + at, x_01, x_23, s, m)
+            total_d, low_d = fmt.add_four_blocks(total_d, low_d, d + at, x_01, x_23, s, m)
+        minimums = join(join(low_a, low_b), join(low_c, low_d))
+        return quarter_sums(quarters(total_a, total_b, total_c, total_d) + minimums * offset)
+
+    return wide_sums
