@@ -20,7 +20,7 @@ from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_b
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.launch import compiled_address
-from edge_moe.kernels.program import AHEAD, PLAN, STEP_FIELDS, run_program, sleep_function
+from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache
@@ -53,9 +53,6 @@ class Program:
             list(part) if are_calls else np.array(list(part), np.int64).reshape(-1, STEP_FIELDS)
             for are_calls, part in groupby(recorder.steps, callable)
         ]
-        for part in self._parts:
-            if isinstance(part, np.ndarray):
-                _look_ahead(part, recorder.products)
 
     def run(self, token_id: int, position: int) -> np.ndarray:
         """The token at `position`, the cache holding all before it -> a new f32[1,vocab]."""
@@ -73,15 +70,6 @@ class Program:
         return self._logits.copy()
 
 
-def _look_ahead(steps: np.ndarray, products: set[int]) -> None:
-    """Tell each step, i64[N,6], the plan of the product that comes next."""
-    following = 0
-    for step in steps[::-1]:
-        step[AHEAD] = following
-        if int(step[PLAN]) in products:
-            following = int(step[PLAN])
-
-
 class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
@@ -93,7 +81,6 @@ class Recorder:
         self.steps: list[tuple[int, ...] | Callable[[], object]] = []
         self._threads, self._store = threads, store
         self.keep: list[object] = []
-        self.products: set[int] = set()  # plans of products, by address
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
 
@@ -349,7 +336,7 @@ class Recorder:
         numbers = np.array(plan, np.int64)
         self.keep.append(numbers)
         shared = operations > SHARED_OPERATIONS
-        self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0, 0))
+        self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0))
         return numbers
 
     def _contiguous(self, x: np.ndarray) -> np.ndarray:
@@ -394,7 +381,6 @@ class Recorder:
             plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, rows_end, 0)
         choices = [self._step(steps.choose_step, [0] * 7) for _ in chosen]
         numbers = self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
-        self.products.add(_address(numbers))
         field = _address(numbers) + 8 * units.GROUPS
         for (ids, stack), choice in zip(chosen, choices, strict=True):
             first, stride = (stack.address, stack.stride_bytes or stack.matrix_bytes) if stack is not None else (0, 1)

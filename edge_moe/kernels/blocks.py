@@ -114,7 +114,7 @@ class SuperblockFormat(FormatTag):
         super().__init__(format_name, block_bytes, max_code, group)
         self.d_offset, self.has_dmin, self.offset = d_offset, has_dmin, offset
         # sums of four codes times int8 fit 16 bits, and minimums are those of 32 columns or the same for all codes
-        self.is_wide = 0 < max_code < 64 and has_dmin == (group == 32)
+        self.is_wide = 0 < max_code < 63 and has_dmin == (group == 32)
         self.in_nibbles = group == 32 and has_dmin  # `wide_codes` are in the order of nibbles, not of columns
 
 

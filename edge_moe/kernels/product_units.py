@@ -35,19 +35,6 @@ def field(plan, i):
 
 
 @inline_kernel
-def unit_address(plan, unit):
-    """Near where the rows of one of the first units begin; 0 where the plan does not know yet."""
-    n_groups = field(plan, N_GROUPS)
-    row = field(plan + 8 * (GROUPS + GROUP_FIELDS * (n_groups - 1)), ROWS_END) // (2 * field(plan, SHARES)) * unit
-    group, rows_begin = plan + 8 * GROUPS, 0
-    while row >= field(group, ROWS_END):
-        rows_begin = field(group, ROWS_END)
-        group += 8 * GROUP_FIELDS
-    address = field(group, ADDRESS)
-    return address + (row - rows_begin) * field(plan, ROW_BYTES) if address else address
-
-
-@inline_kernel
 def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     """Rows times tokens, straight from the blocks, while what lies `ahead` bytes behind them is fetched."""
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)

@@ -2,8 +2,7 @@
 
 A step is a kernel on a plan, as in launch.py. All threads walk through the steps together. Those worth sharing are
 taken unit by unit by whoever has time; those between them are run by the thread that finishes the step before, while
-the others wait. Waiting threads fetch the first weights of the product to come, spin for some microseconds, then sleep
-for some.
+the others wait. Waiting threads spin for some microseconds, then sleep for some.
 """
 
 import ctypes
@@ -19,19 +18,16 @@ from numba.extending import intrinsic
 
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
 from edge_moe.kernels.launch import call
-from edge_moe.kernels.product_units import unit_address
-from edge_moe.kernels.simd import address_of, fetch_add, load, prefetch_far, store
+from edge_moe.kernels.simd import address_of, fetch_add, load, store
 from edge_moe.kernels.simd import call as call_intrinsic
 from edge_moe.kernels.target import TARGET
 
-# A step of a program is int64[6]. ENTERED and LEFT count the threads that began to take units and found none left;
-# AHEAD is the plan of the next product, or 0.
-FUNCTION, PLAN, SHARED, ENTERED, LEFT, AHEAD = range(6)
-STEP_FIELDS = 6
+# A step of a program is int64[5]. ENTERED and LEFT count the threads that began to take units and found none left.
+FUNCTION, PLAN, SHARED, ENTERED, LEFT = range(5)
+STEP_FIELDS = 5
 _STEP_BYTES = 8 * STEP_FIELDS
 _MOVING_ON = -1  # instead of the present step's index while one thread runs what lies between two shared steps
 _SPINS = 4000  # some 50 microseconds
-_AHEAD_BYTES = 1 << 16  # what a thread that waits fetches at most: a part of its second level of cache
 _INT64 = ir.IntType(64)
 
 
@@ -133,25 +129,10 @@ def _take_part(steps, n_steps, present, sleep):
         if left == _atomic_load(step + 8 * ENTERED) and _exchange_if(present, i, _MOVING_ON):
             _atomic_store(present, _run_alone(steps, i + 1, n_steps))
         else:
-            if load(types.int64, step + 8 * AHEAD):
-                _fetch_ahead(unit_address(load(types.int64, step + 8 * AHEAD), left), present, i)
             spins = 0
             while _atomic_load(present) == i:
                 spins += 1
                 _wait(spins, sleep)
-
-
-@inline_kernel
-def _fetch_ahead(address, present, i):
-    """Fetch memory from an address on until step `i` and those that one thread runs behind it are done."""
-    if not address:
-        return
-    for start in range(address, address + _AHEAD_BYTES, 1024):
-        for line in range(0, 1024, 64):
-            prefetch_far(start + line)
-        now = _atomic_load(present)
-        if now != i and now != _MOVING_ON:
-            return
 
 
 @inline_kernel
@@ -170,7 +151,7 @@ def _together(steps, n_steps, present, sleep, n_threads):
 
 @kernel
 def run_program(steps, sleep, n_threads):
-    """Run all steps, i64[N,6], in order. With one thread nothing is shared."""
+    """Run all steps, i64[N,5], in order. With one thread nothing is shared."""
     n_steps, first = steps.shape[0], address_of(steps)
     for i in range(n_steps):
         steps[i, ENTERED] = steps[i, LEFT] = 0
