@@ -11,21 +11,27 @@ upper ones. For panels, the records of a few tokens, without these, are interlea
 from numba import types
 
 from edge_moe.kernels.dots import MAX_ACTIVATION
+from edge_moe.kernels.folds import four_maxima, quarter_sums, quarters
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,
     convert,
+    f32x4,
     f32x16,
     fetch_add,
     i8x16,
+    i16x4,
     i32x16,
+    join,
     larger,
+    largest_lane,
     load,
+    picker,
     reduce_add,
-    reduce_max,
     rounded,
     splat,
     store,
+    where_positive,
 )
 from edge_moe.kernels.tiles import TILE_TOKENS, interleave
 
@@ -82,29 +88,79 @@ def _nibble_place(column):
 
 
 @inline_kernel
-def _quantize_row(x, record, n_cols, group):
-    """x f32[n_cols] at an address -> its record at another."""
-    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, group)
+def _codes(x, inverse):
+    """Sixteen numbers over a scale, i32x16."""
+    return convert(i32x16, rounded(load(f32x16, x) * inverse))
+
+
+@inline_kernel
+def _quantize_256(x, record, n_cols):
+    """x f32[n_cols] at an address -> its record at another, for groups of 256."""
+    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 256)
     in_nibbles = record + nibbles_offset(n_cols)
-    for start in range(0, n_cols, group):
-        largest = splat(f32x16, types.float32(0.0))
-        for i in range(start, start + group, 16):
-            largest = larger(absolute(load(f32x16, x + 4 * i)), largest)
-        scale = reduce_max(largest) / types.float32(MAX_ACTIVATION)
+    for start in range(0, n_cols, 256):
+        a = b = c = d = splat(f32x16, types.float32(0.0))
+        for i in range(start, start + 256, 64):
+            a, b = larger(absolute(load(f32x16, x + 4 * i)), a), larger(absolute(load(f32x16, x + 4 * i + 64)), b)
+            c, d = larger(absolute(load(f32x16, x + 4 * i + 128)), c), larger(absolute(load(f32x16, x + 4 * i + 192)), d)
+        scale = largest_lane(larger(larger(a, b), larger(c, d))) / types.float32(MAX_ACTIVATION)
         inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
-        group_sum = types.int32(0)
-        for i in range(start, start + group, 16):
-            codes = convert(i32x16, rounded(load(f32x16, x + 4 * i) * inverse))
-            store(record + i, convert(i8x16, codes))
-            part = reduce_add(codes)
-            group_sum += part
-            if group == 256:
-                store(sums + i // 8, types.int16(part))
-                store(in_nibbles + _nibble_place(i), convert(i8x16, codes))
-        store(scales + start // group * 4, scale)
-        if group == 32:
-            store(sums + start // 8, types.float32(group_sum) * scale)
+        store(scales + start // 256 * 4, scale)
+        for i in range(start, start + 256, 64):
+            p, q = _codes(x + 4 * i, inverse), _codes(x + 4 * i + 64, inverse)
+            r, s = _codes(x + 4 * i + 128, inverse), _codes(x + 4 * i + 192, inverse)
+            low, high = join(convert(i8x16, p), convert(i8x16, q)), join(convert(i8x16, r), convert(i8x16, s))
+            store(record + i, join(low, high))
+            store(in_nibbles + _nibble_place(i), low)
+            store(in_nibbles + _nibble_place(i + 32), high)
+            store(sums + i // 8, convert(i16x4, quarter_sums(quarters(p, q, r, s))))
     _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
+    _end_record(scales, sums, n_cols, 256)
+
+
+@inline_kernel
+def _quantize_32(x, record, n_cols):
+    """The same for groups of 32: four at a time, then those that are left."""
+    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 32)
+    zero, one = splat(f32x4, types.float32(0.0)), splat(f32x4, types.float32(1.0))
+    for start in range(0, n_cols & ~127, 128):
+        at = x + 4 * start
+        scale = four_maxima(_larger_of_32(at), _larger_of_32(at + 128), _larger_of_32(at + 256), _larger_of_32(at + 384))
+        scale = scale / splat(f32x4, types.float32(MAX_ACTIVATION))
+        inverse = where_positive(scale, one / scale, zero)
+        store(scales + start // 8, scale)
+        a, b = _store_32(at, _lane_0(inverse), record + start), _store_32(at + 128, _lane_1(inverse), record + start + 32)
+        c = _store_32(at + 256, _lane_2(inverse), record + start + 64)
+        d = _store_32(at + 384, _lane_3(inverse), record + start + 96)
+        store(sums + start // 8, convert(f32x4, quarter_sums(quarters(a, b, c, d))) * scale)
+    for start in range(n_cols & ~127, n_cols, 32):
+        scale = largest_lane(_larger_of_32(x + 4 * start)) / types.float32(MAX_ACTIVATION)
+        inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
+        store(scales + start // 8, scale)
+        total = reduce_add(_store_32(x + 4 * start, splat(f32x16, inverse), record + start))
+        store(sums + start // 8, types.float32(total) * scale)
+    _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
+    _end_record(scales, sums, n_cols, 32)
+
+
+_lane_0, _lane_1, _lane_2, _lane_3 = (picker([k] * 16) for k in range(4))
+
+
+@inline_kernel
+def _larger_of_32(x):
+    return larger(absolute(load(f32x16, x)), absolute(load(f32x16, x + 64)))
+
+
+@inline_kernel
+def _store_32(x, inverse, record):
+    """The codes of 32 columns, stored; and their sums in 16 lanes."""
+    a, b = convert(i32x16, rounded(load(f32x16, x) * inverse)), convert(i32x16, rounded(load(f32x16, x + 64) * inverse))
+    store(record, join(convert(i8x16, a), convert(i8x16, b)))
+    return a + b
+
+
+@inline_kernel
+def _end_record(scales, sums, n_cols, group):
     missing = _summed_columns(n_cols, group) - n_cols
     _store_zeros(scales + n_cols // group * 4, missing // group * 4)
     _store_zeros(sums + n_cols // 8, missing // 8)
@@ -127,10 +183,10 @@ def quantize_units(fmt, plan):
         if start >= n_rows:
             return 0
         for i in range(start, min(start + QUANTIZE_ROWS, n_rows)):
-            if group == 32:  # constants make faster loops
-                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 32)
+            if group == 32:
+                _quantize_32(x + i * n_cols * 4, records + i * stride, n_cols)
             else:
-                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 256)
+                _quantize_256(x + i * n_cols * 4, records + i * stride, n_cols)
 
 
 @kernel

@@ -10,6 +10,7 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
     convert,
@@ -38,7 +39,7 @@ from edge_moe.kernels.simd import (
     u16x4,
     view,
 )
-from edge_moe.kernels.wide_rows import is_wide, quarter_sums, quarters
+from edge_moe.kernels.wide_rows import is_wide
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)

@@ -41,7 +41,8 @@ u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
 i16x8 = Vector(types.int16, 8)
 u16x8, u32x4, u16x64 = Vector(types.uint16, 8), Vector(types.uint32, 4), Vector(types.uint16, 64)
-u16x4, f32x2, f32x4 = Vector(types.uint16, 4), Vector(types.float32, 2), Vector(types.float32, 4)
+u16x4, i16x4 = Vector(types.uint16, 4), Vector(types.int16, 4)
+f32x2, f32x4 = Vector(types.float32, 2), Vector(types.float32, 4)
 
 
 def llvm_type(t: Any) -> ir.Type:
@@ -412,6 +413,32 @@ def reduce_add(typingctx: Any, value: Any) -> Any:
         return builder.extract_element(v, ir.Constant(INT32, 0))
 
     return value.element(value), codegen
+
+
+@intrinsic
+def largest_lane(typingctx: Any, value: Any) -> Any:
+    """The largest of all lanes of floats, none of which is NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        v, lanes = args[0], value.lanes
+        while lanes > 1:
+            lanes //= 2
+            low, high = (rearrange(builder, v, range(n, n + lanes)) for n in (0, lanes))
+            v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(v, ir.Constant(INT32, 0))
+
+    return value.element(value), codegen
+
+
+@intrinsic
+def where_positive(typingctx: Any, value: Any, yes: Any, no: Any) -> Any:
+    """The lanes of `yes` where a float is larger than zero, those of `no` elsewhere."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        is_positive = builder.fcmp_ordered(">", args[0], constant(value, 0.0))
+        return builder.select(is_positive, args[1], args[2])
+
+    return yes(value, yes, yes), codegen
 
 
 @intrinsic

@@ -9,7 +9,8 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import nibbles_offset, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
-from edge_moe.kernels.jit import inline_kernel, inlined_method
+from edge_moe.kernels.folds import quarter_sums, quarters
+from edge_moe.kernels.jit import inlined_method
 from edge_moe.kernels.simd import (
     convert,
     f32x4,
@@ -17,14 +18,12 @@ from edge_moe.kernels.simd import (
     fma,
     from_half,
     hidden,
-    high_half,
     i8x64,
     i16x32,
     i32x16,
     join,
     lanes_from,
     load,
-    low_half,
     picker,
     prefetch,
     splat,
@@ -40,29 +39,6 @@ def is_wide(fmt: FormatTag) -> bool:
     if isinstance(fmt, BlockFormat):
         return TARGET.has_vbmi and fmt.nibbles > 0
     return isinstance(fmt, SuperblockFormat) and fmt.is_wide
-
-
-# ---- four rows' partial sums
-
-_even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
-_even_16, _odd_16 = picker(range(0, 16, 2)), picker(range(1, 16, 2))
-_even_8, _odd_8 = picker(range(0, 8, 2)), picker(range(1, 8, 2))
-
-
-@inline_kernel
-def quarters(a, b, c, d):
-    """Four f32x16 to one, each summed up to four lanes, always in the same order."""
-    ab = join(low_half(a), low_half(b)) + join(high_half(a), high_half(b))
-    cd = join(low_half(c), low_half(d)) + join(high_half(c), high_half(d))
-    both = join(ab, cd)
-    return _even_32(both) + _odd_32(both)
-
-
-@inline_kernel
-def quarter_sums(v):
-    """The sums of each four lanes of f32x16 -> f32x4."""
-    eighths = _even_16(v) + _odd_16(v)
-    return _even_8(eighths) + _odd_8(eighths)
 
 
 # ---- superblocks
