@@ -29,6 +29,7 @@ from edge_moe.kernels.elementwise import max_threads
 from edge_moe.memory_plan import MemoryPlan, expert_layers, hold_in_memory, plan_memory
 from edge_moe.models.architectures import load_pass
 from edge_moe.onnx_folder import OnnxFolder, OnnxPass
+from edge_moe.resident_pages import map_resident_pages
 from edge_moe.routes import shares
 from edge_moe.sampling import Sampler, SamplingOptions
 from edge_moe.token_cache import check_kind
@@ -169,6 +170,8 @@ class Model:
         self.expert_store = self._bounded_store(checkpoint, bound, None)
         if self.expert_store is not None:
             checkpoint = hold_in_memory(checkpoint)
+        else:
+            map_resident_pages(self, checkpoint.maps)
         return load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
 
     def _bounded_store(

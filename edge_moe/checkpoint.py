@@ -71,6 +71,11 @@ class Checkpoint:
         """Every tensor of the file under its name there."""
         return self._gguf.tensors
 
+    @property
+    def maps(self) -> Mapping[Path, np.ndarray]:
+        """The file, or each part of it, as it is mapped, u8[n_bytes]."""
+        return self._gguf.maps
+
     def weight(self, name: str, *shape: int) -> Weight:
         """The matrix or stack of matrices `name`, which must have `shape`. Raises FormatError."""
         entry = self._entry(name, shape)

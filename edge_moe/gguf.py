@@ -12,7 +12,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -109,6 +109,7 @@ class GGUFFile:
     size_bytes: int  # of all parts
     version: int
     alignment: int
+    maps: dict[Path, np.ndarray] = field(default_factory=dict)  # each part as it is mapped, u8[n_bytes]
 
 
 def open_gguf(path: str | PathLike[str]) -> GGUFFile:
@@ -163,7 +164,8 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
             f"{_shown(paths[0])}: its {count} parts hold {len(tensors)} tensors, expected {expected} as "
             "split.tensors.count says; download the parts again"
         )
-    return replace(parts[0], tensors=tensors, size_bytes=sum(part.size_bytes for part in parts))
+    maps = {path: data for part in parts for path, data in part.maps.items()}
+    return replace(parts[0], tensors=tensors, size_bytes=sum(part.size_bytes for part in parts), maps=maps)
 
 
 def _split_number(part: GGUFFile, key: str, default: int) -> int:
@@ -188,8 +190,9 @@ def _open_part(path: Path) -> GGUFFile:
     metadata = _read_metadata(header, n_keys)
     alignment = _alignment(metadata, path)
     rows = [_read_tensor_row(header) for _ in range(n_tensors)]
-    tensors = _tensor_table(rows, buffer, -(-header.offset // alignment) * alignment, alignment, path)
-    return GGUFFile(path, metadata, tensors, len(buffer), version, alignment)
+    file_bytes = np.frombuffer(buffer, np.uint8)
+    tensors = _tensor_table(rows, file_bytes, -(-header.offset // alignment) * alignment, alignment, path)
+    return GGUFFile(path, metadata, tensors, len(buffer), version, alignment, {path: file_bytes})
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -400,9 +403,8 @@ def _read_tensor_row(header: _Header) -> _TensorRow:
 
 
 def _tensor_table(
-    rows: list[_TensorRow], buffer: mmap.mmap, data_start: int, alignment: int, path: Path
+    rows: list[_TensorRow], file_bytes: np.ndarray, data_start: int, alignment: int, path: Path
 ) -> dict[str, TensorEntry]:
-    file_bytes = np.frombuffer(buffer, np.uint8)
     tensors: dict[str, TensorEntry] = {}
     for row in rows:
         problem = None
@@ -411,9 +413,9 @@ def _tensor_table(
             problem = "is there twice"
         elif row.offset % alignment:
             problem = f"has offset {row.offset}, expected a multiple of {alignment}"
-        elif start + row.n_bytes > len(buffer):
+        elif start + row.n_bytes > len(file_bytes):
             problem = (
-                f"ends at byte {start + row.n_bytes}, but the file is {len(buffer)} bytes and its table needs "
+                f"ends at byte {start + row.n_bytes}, but the file is {len(file_bytes)} bytes and its table needs "
                 f"{data_start + max(each.offset + each.n_bytes for each in rows)}"
             )
         if problem:

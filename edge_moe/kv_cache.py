@@ -6,17 +6,18 @@ from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import OptionError, ShapeError
 from edge_moe.kernels import grouped_attention
 from edge_moe.kernels.attention import Step
+from edge_moe.kernels.grouped_formats import FORMATS, head_bytes
 from edge_moe.token_cache import TokenCache, check_context_length, run_steps
 
-KINDS = tuple(kind for kind in KV_KINDS if kind in grouped_attention.FORMATS)
+KINDS = tuple(kind for kind in KV_KINDS if kind in FORMATS)
 
 
 def kv_cache_bytes(config: LlamaConfig, context_length: int, kind: str = KINDS[0]) -> int:
     """Bytes of a cache for `context_length` tokens. Raises OptionError for a kind that there is not."""
     if kind not in KINDS:
         raise OptionError(f"--kv {kind}: a model of grouped-query attention takes one of {', '.join(KINDS)}")
-    head_bytes = grouped_attention.head_bytes(grouped_attention.FORMATS[kind], context_length, config.head_dim)
-    return config.num_hidden_layers * config.num_key_value_heads * head_bytes
+    n_heads = config.num_hidden_layers * config.num_key_value_heads
+    return n_heads * head_bytes(FORMATS[kind], context_length, config.head_dim)
 
 
 class KvCache(TokenCache):
@@ -29,7 +30,7 @@ class KvCache(TokenCache):
     def __init__(self, config: LlamaConfig, context_length: int, kind: str = KINDS[0]) -> None:
         check_context_length(config, context_length)
         super().__init__(config, context_length, kind, kv_cache_bytes(config, context_length, kind))
-        self._format = grouped_attention.FORMATS[kind]
+        self._format = FORMATS[kind]
         self._shape = config.num_key_value_heads, config.head_dim
         self._window = config.sliding_window or 0
 
@@ -73,11 +74,10 @@ class KvCache(TokenCache):
         """The steps in a context of `end` tokens."""
         if k.shape[1:] != self._shape:
             raise ShapeError(f"keys {list(k.shape[1:])} for a cache of heads {list(self._shape)}")
-        head_bytes = self._layer_bytes // self._shape[0]
         return grouped_attention.attention_steps(
             self._format,
             self._layer_address(layer),
-            head_bytes,
+            self._layer_bytes // self._shape[0],
             self._length.ctypes.data,
             end,
             q,

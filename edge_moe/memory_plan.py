@@ -1,6 +1,7 @@
 """How a model is held under a budget of memory: what stays, and how many experts fit beside it."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,7 @@ def plan_memory(
     config = checkpoint.config
     kv_bytes = cache_bytes(config, context_length, kv)
     scratch = scratch_bytes(config, min(PREFILL_CHUNK, context_length))
-    process_bytes = max(PROCESS_BYTES, psutil.Process().memory_info().rss)
+    process_bytes = max(PROCESS_BYTES, process_memory_bytes())
     fixed = process_bytes + kv_bytes + scratch
     experts_in_file = sum(weight.n_bytes for layer in layers for weight in layer)
     model_bytes, resident = checkpoint.size_bytes, checkpoint.size_bytes - experts_in_file
@@ -189,9 +190,19 @@ def free_memory_bytes(root: Path = Path("/sys/fs/cgroup"), process: Path = Path(
             except OSError:
                 continue
             if limit.isdigit():
-                free = min(free, max(0, int(limit) - psutil.Process().memory_info().rss))
+                free = min(free, max(0, int(limit) - process_memory_bytes()))
             break
     return free
+
+
+def process_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Memory that this process has taken, on Linux without pages of mapped files: those go when room is needed."""
+    resident = int(psutil.Process().memory_info().rss)
+    try:
+        mapped = re.search(r"^RssFile:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+    except OSError:
+        return resident
+    return max(0, resident - 1024 * int(mapped[1])) if mapped else resident
 
 
 def disk_bytes_per_s(weight: Weight, *, seconds: float) -> float:

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from test_goldens import GOLDEN, NAMES
 
@@ -22,7 +24,7 @@ from edge_moe.cli import main
 from edge_moe.direct_io import ALIGNMENT, DirectFile, aligned_bytes, aligned_memory
 from edge_moe.errors import OptionError, ReadError
 from edge_moe.expert_store import ExpertStore, least_bytes
-from edge_moe.memory_plan import expert_layers, free_memory_bytes, hold_in_memory
+from edge_moe.memory_plan import expert_layers, free_memory_bytes, hold_in_memory, process_memory_bytes
 from edge_moe.models.architectures import load_pass
 from edge_moe.routes import record_routes, shares
 
@@ -255,6 +257,21 @@ def test_the_limit_of_a_control_group_counts(tmp_path):
     assert free_memory_bytes(tmp_path, group) == 0
     (tmp_path / "other" / "memory.max").write_text("max\n")
     assert free_memory_bytes(tmp_path, group) > 1 << 28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells mapped pages from others")
+def test_pages_of_mapped_files_are_not_counted_as_taken(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * (1 << 18))
+    mapped = np.memmap(path, np.uint8, "r")
+    resident, taken = psutil.Process().memory_info().rss, process_memory_bytes()
+    assert mapped.sum() > 0
+    assert psutil.Process().memory_info().rss > resident + (60 << 20)
+    assert process_memory_bytes() < taken + (30 << 20)
+    memory = aligned_memory(64 << 20)
+    memory[:] = 1
+    assert process_memory_bytes() > taken + (60 << 20)
+    assert process_memory_bytes(tmp_path / "none") > resident  # where the system says no more than that
 
 
 # ---- slack, and what one session leaves to the next

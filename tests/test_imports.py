@@ -21,7 +21,7 @@ ROOMS = [
     ["metadata"],
     ["checkpoint"],
     ["token_cache"],
-    ["direct_io", "eviction", "lookahead"],
+    ["direct_io", "eviction", "lookahead", "resident_pages"],
     ["slice_reader"],
     ["expert_store"],
     ["latent_cache", "kv_cache", "onnx_folder"],

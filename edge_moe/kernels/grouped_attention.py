@@ -1,9 +1,8 @@
 """Grouped-query attention of a few tokens to a cache of keys and values, of which several query heads share each.
 
 Three steps on plans, as in attention.py: `prepare_units` stores the new keys and values and lays out the queries,
-`attend_units` gives each part of the context a partial softmax, `merge_units` joins the parts. The cache of a head is
-its keys, in blocks of BLOCK tokens beside each other [columns][BLOCK], then its values, a row for each token, and for
-8 bits the scales of all keys, then those of all values.
+`attend_units` gives each part of the context a partial softmax, `merge_units` joins the parts. grouped_formats.py
+says how the keys and values of a head lie in the cache.
 
 The queries that read the same keys, of neighbouring tokens and of all heads of a group, are taken QUERIES at a time, a
 tile. Scores are in powers of 2. Every sum has an order that depends on positions alone.
@@ -18,34 +17,28 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, overload_method, register_model
+from numba.extending import intrinsic
 
 from edge_moe.errors import ShapeError
 from edge_moe.kernels.attention import FEW_TOKENS, Step
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS
-from edge_moe.kernels.attention_tiles import to_bfloat
-from edge_moe.kernels.blocks import TAGS, FloatFormat, FormatTag
-from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.functions import exp2
+from edge_moe.kernels.grouped_formats import BLOCK, WHOLE, columns, token_bytes
 from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.simd import (
-    absolute,
     address_of,
     call,
-    convert,
     f32x16,
     fetch_add,
     first_lane,
     fma,
-    i8x16,
-    i32x16,
     larger,
     llvm_type,
     load,
     load_at,
     reduce_add,
     reduce_max,
-    rounded,
     splat,
     spread,
     store,
@@ -54,14 +47,11 @@ from edge_moe.kernels.simd import (
 )
 from edge_moe.kernels.target import TARGET
 
-MAX_CODE = 127
 # A score that cannot win: below all others, but a number, so that a tile's row may see nothing of a chunk.
 HIDDEN = -1e30
 QUERIES = 4  # of a tile: as many as the groups of most models have
-BLOCK = 16
 # Blocks of keys, or vectors of a value, that are multiplied with a tile at once: as many as the registers hold sums of.
 _KEYS_AT_ONCE, _VALUES_AT_ONCE = (2, 4) if TARGET.register_bytes == 64 else (1, 1)
-_WHOLE = 2 * BLOCK  # there is memory for so many tokens or a multiple
 
 # A plan is int64[N_FIELDS]; the same for all three kernels. Strides are bytes; the scale is given by its f64 bits.
 COUNTER, N_TOKENS, N_HEADS, N_KV_HEADS, DIM, LENGTH, CACHE, HEAD_BYTES, SCALE, WINDOW, PART_TOKENS = range(11)
@@ -72,17 +62,6 @@ N_FIELDS = 28
 # A partial result: the largest scores and the sums of weights f32[QUERIES], then the contexts f32[QUERIES][columns].
 LARGEST, SUM, CONTEXT = 0, 4 * QUERIES, 64
 _SCRATCH_BYTES = 4 * QUERIES * CHUNK_TOKENS + 64  # of a thread: scores, factors
-
-
-class ByteRows(FormatTag):
-    """Codes with a sign, and a scale of each key and each value."""
-
-
-register_model(ByteRows)(models.OpaqueModel)
-INT8 = ByteRows("INT8", 1)
-
-# How keys and values are kept, by name.
-FORMATS: dict[str, FormatTag] = {"bf16": TAGS["BF16"], "int8": INT8, "f32": TAGS["F32"]}
 
 
 # ---- sums of a tile: QUERIES times n vectors
@@ -171,124 +150,6 @@ def _scaled_of(n: int) -> Any:
     return scaled
 
 
-# ---- what the formats differ in
-
-
-@inline_kernel
-def _columns(dim):
-    """Numbers of a key or value as it is kept."""
-    return (dim + 15) & ~15
-
-
-@overload_method(FloatFormat, "row_bytes")
-@overload_method(ByteRows, "row_bytes")
-def _row_bytes(fmt, dim):
-    """Bytes of a key or value."""
-    size = fmt.block_bytes
-    return lambda fmt, dim: _columns(dim) * size
-
-
-@overload_method(FloatFormat, "number_bytes")
-@overload_method(ByteRows, "number_bytes")
-def _number_bytes(fmt):
-    size = fmt.block_bytes
-    return lambda fmt: size
-
-
-@overload_method(ByteRows, "load")
-def _load_codes(fmt, address):
-    return lambda fmt, address: convert(f32x16, convert(i32x16, load(i8x16, address)))
-
-
-@overload_method(FloatFormat, "store_key")
-def _store_float_key(fmt, place, scale, values, dim):
-    size = fmt.block_bytes
-
-    def store_key(fmt, place, scale, values, dim):
-        """Keep a key, dim floats at an address, one of BLOCK side by side; its scale goes to another address."""
-        for i in range(dim):
-            value = load(types.float32, values + 4 * i)
-            if size == 4:
-                store(place + BLOCK * size * i, value)
-            else:
-                store(place + BLOCK * size * i, to_bf16(value))
-
-    return store_key
-
-
-@overload_method(FloatFormat, "store_value")
-def _store_float_value(fmt, place, scale, values, dim):
-    size = fmt.block_bytes
-
-    def store_value(fmt, place, scale, values, dim):
-        """Keep a value, dim floats at an address, as a row; its scale goes to another address."""
-        for i in range(0, dim - 15, 16):
-            if size == 4:
-                store(place + size * i, load(f32x16, values + 4 * i))
-            else:
-                store(place + size * i, to_bfloat(load(f32x16, values + 4 * i)))
-        for i in range(dim & ~15, dim):
-            if size == 4:
-                store(place + size * i, load(types.float32, values + 4 * i))
-            else:
-                store(place + size * i, to_bf16(load(types.float32, values + 4 * i)))
-
-    return store_value
-
-
-@inline_kernel
-def _scale_of(values, dim):
-    """What codes of dim floats at an address are multiplied with."""
-    zero = types.float32(0.0)
-    tops, wrong = splat(f32x16, zero), zero
-    for i in range(0, dim - 15, 16):
-        tops = larger(absolute(load(f32x16, values + 4 * i)), tops)
-    top = reduce_max(tops)
-    for i in range(dim):
-        value = load(types.float32, values + 4 * i)
-        wrong += value * zero  # what is infinite or not a number must show
-        top = max(top, abs(value))
-    return top * types.float32(1 / MAX_CODE) + wrong
-
-
-@overload_method(ByteRows, "store_key")
-def _store_code_key(fmt, place, scale, values, dim):
-    def store_key(fmt, place, scale, values, dim):
-        step = _scale_of(values, dim)
-        inverse = types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
-        for i in range(dim):
-            store(place + BLOCK * i, types.int8(np.rint(load(types.float32, values + 4 * i) * inverse)))
-        store(scale, step)
-
-    return store_key
-
-
-@overload_method(ByteRows, "store_value")
-def _store_code_value(fmt, place, scale, values, dim):
-    def store_value(fmt, place, scale, values, dim):
-        step = _scale_of(values, dim)
-        inverse = types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
-        for i in range(0, dim - 15, 16):
-            codes = convert(i32x16, rounded(load(f32x16, values + 4 * i) * inverse))
-            store(place + i, convert(i8x16, codes))
-        for i in range(dim & ~15, dim):
-            store(place + i, types.int8(np.rint(load(types.float32, values + 4 * i) * inverse)))
-        store(scale, step)
-
-    return store_value
-
-
-@overload_method(FloatFormat, "scaled")
-def _scaled_floats(fmt, numbers, scales):
-    return lambda fmt, numbers, scales: numbers
-
-
-@overload_method(ByteRows, "scaled")
-def _scaled_codes(fmt, numbers, scales):
-    """f32x16 of 16 tokens times the tokens' scales at an address."""
-    return lambda fmt, numbers, scales: numbers * load(f32x16, scales)
-
-
 # ---- the steps
 
 
@@ -368,7 +229,7 @@ def prepare_units(fmt, plan):
             for r in range(n):
                 t, h = (first + r) // group, head * group + (first + r) % group
                 q = _field(plan, Q) + t * _field(plan, Q_STRIDE) + h * _field(plan, Q_HEAD)
-                target = tile + 4 * _columns(dim) * r
+                target = tile + 4 * columns(dim) * r
                 for c in range(0, whole, 16):
                     store(target + 4 * c, load(f32x16, q + 4 * c) * scale)
                 for c in range(whole, dim):
@@ -397,8 +258,8 @@ _load_keys, _no_scores = _vectors_of(_KEYS_AT_ONCE), _zeros_of(_KEYS_AT_ONCE)
 
 @inline_kernel
 def _add_scores(fmt, keys, key_scales, n, query, dim, scores):
-    """Scores f32 [QUERIES][CHUNK_TOKENS] of n tokens, a multiple of _WHOLE, from a block's begin on."""
-    row_bytes, n_columns = fmt.row_bytes(dim), _columns(dim)
+    """Scores f32 [QUERIES][CHUNK_TOKENS] of n tokens, a multiple of WHOLE, from a block's begin on."""
+    row_bytes, n_columns = fmt.row_bytes(dim), columns(dim)
     for j in range(0, n, _KEYS_AT_ONCE * BLOCK):
         place, total = keys + j * row_bytes, _no_scores()
         for i in range(dim):
@@ -456,7 +317,7 @@ _weigh_several, _weigh_one = _weigher_of(_VALUES_AT_ONCE), _weigher_of(1)
 @inline_kernel
 def _add_values(fmt, values, n, weights, dim, partial, factors):
     """Weigh n values and add them to a partial result."""
-    row_bytes, n_vectors, stride = fmt.row_bytes(dim), _columns(dim) // 16, 4 * _columns(dim)
+    row_bytes, n_vectors, stride = fmt.row_bytes(dim), columns(dim) // 16, 4 * columns(dim)
     context, vector_bytes = partial + CONTEXT, 16 * fmt.number_bytes()
     whole = n_vectors // _VALUES_AT_ONCE * _VALUES_AT_ONCE
     for i in range(0, whole, _VALUES_AT_ONCE):
@@ -484,7 +345,7 @@ def attend_units(fmt, plan):
         first_position = length + first_row // group
         last_position = length + (first_row + n_rows - 1) // group
         # so that scores of whole groups of blocks go beyond the part's end only where nothing is seen any more
-        begin = max(part * part_tokens, _first_seen(plan, first_position) // _WHOLE * _WHOLE)
+        begin = max(part * part_tokens, _first_seen(plan, first_position) // WHOLE * WHOLE)
         end = min((part + 1) * part_tokens, last_position + 1)
         query = _field(plan, QUERY_TILES) + tile * _field(plan, QUERY_BYTES)
         partial = _field(plan, PARTS) + unit * _field(plan, PART_BYTES)
@@ -495,7 +356,7 @@ def attend_units(fmt, plan):
         keys, values, key_scales, value_scales = _places(fmt, plan, head)
         for first in range(begin, end, CHUNK_TOKENS):
             n = min(CHUNK_TOKENS, end - first)
-            n_scores = (n + _WHOLE - 1) // _WHOLE * _WHOLE
+            n_scores = (n + WHOLE - 1) // WHOLE * WHOLE
             _add_scores(fmt, keys + first * row_bytes, key_scales + 4 * first, n_scores, query, dim, scores)
             if first + n_scores > first_position + 1 or first < _first_seen(plan, last_position):
                 for r in range(QUERIES):
@@ -534,7 +395,7 @@ def merge_units(fmt, plan):
             part = first + c * part_bytes
             weight = np.exp2(load(types.float32, part + LARGEST + 4 * q) - top)
             total += weight * load(types.float32, part + SUM + 4 * q)
-            vector, place = splat(f32x16, weight), part + CONTEXT + 4 * q * _columns(dim)
+            vector, place = splat(f32x16, weight), part + CONTEXT + 4 * q * columns(dim)
             for i in range(0, dim, 16):
                 store(context + 4 * i, fma(load(f32x16, place + 4 * i), vector, load(f32x16, context + 4 * i)))
         out = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * _field(plan, OUT_HEAD)
@@ -546,15 +407,6 @@ def merge_units(fmt, plan):
 
 
 # ---- Python side
-
-
-def head_bytes(fmt: FormatTag, context_length: int, dim: int) -> int:
-    """Bytes of one head's keys and values in one layer."""
-    return -(-context_length // _WHOLE) * _WHOLE * _token_bytes(fmt, dim)
-
-
-def _token_bytes(fmt: FormatTag, dim: int) -> int:
-    return 2 * (-(-dim // 16) * 16 * fmt.block_bytes + (4 if fmt is INT8 else 0))
 
 
 def _tile_bytes(dim: int) -> tuple[int, int]:
@@ -615,7 +467,7 @@ def attention_steps(
     for field, array in ((Q, q), (K, k), (V, v), (OUT, out)):
         plan[field : field + 3] = array.ctypes.data, *array.strides[:2]
     plan[[QUERY_TILES, QUERY_BYTES]] = queries, query_bytes
-    plan[CONTEXT_LENGTH] = cache_head_bytes // _token_bytes(fmt, dim)
+    plan[CONTEXT_LENGTH] = cache_head_bytes // token_bytes(fmt, dim)
     plan[[PARTS, PART_BYTES]] = queries + n_tiles * query_bytes, part_bytes
     n_parts = -(-context_length // part_tokens)
     numbers = n_tokens * n_heads * dim
