@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numba import types
 
-from edge_moe.kernels import blocks, dots, simd, tiles
+from edge_moe.kernels import blocks, dots, file_numbers, simd, tiles
 from edge_moe.kernels.launch import compiled_address, launch
 from edge_moe.kernels.simd import f32x16, i8x64, i16x16, i32x16, load, store, u8x64, u16x16
 from edge_moe.kernels.target import target_of
@@ -76,10 +76,10 @@ def test_reductions():
 @numba.njit
 def _halves(a, out, n):
     for i in range(0, n, 16):
-        store(out + 4 * i, simd.from_half(load(u16x16, a + 2 * i)))
+        store(out + 4 * i, file_numbers.from_half(load(u16x16, a + 2 * i)))
         for j in range(i, i + 16):
-            store(out + 4 * (n + j), simd.load_half(a + 2 * j))
-        store(out + 4 * (2 * n + i), simd.from_bfloat(load(u16x16, a + 2 * i)))
+            store(out + 4 * (n + j), file_numbers.load_half(a + 2 * j))
+        store(out + 4 * (2 * n + i), file_numbers.from_bfloat(load(u16x16, a + 2 * i)))
 
 
 def test_every_half_precision_number():
@@ -92,7 +92,7 @@ def test_every_half_precision_number():
     np.testing.assert_array_equal(found[2], (bits.astype(np.uint32) << 16).view(np.float32))
 
 
-_lookup = simd.table_lookup(range(-8, 120, 8))
+_lookup = file_numbers.table_lookup(range(-8, 120, 8))
 
 
 @numba.njit
@@ -108,7 +108,7 @@ def test_table_lookup():
 
 @numba.njit
 def _bits(codes, words, out):
-    found = simd.add_bits(load(u8x64, codes), load(types.uint32, words), load(types.uint32, words + 4), 16)
+    found = file_numbers.add_bits(load(u8x64, codes), load(types.uint32, words), load(types.uint32, words + 4), 16)
     store(out, found)
 
 

@@ -102,7 +102,10 @@ def _quantize_256(x, record, n_cols):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(start, start + 256, 64):
             a, b = larger(absolute(load(f32x16, x + 4 * i)), a), larger(absolute(load(f32x16, x + 4 * i + 64)), b)
-            c, d = larger(absolute(load(f32x16, x + 4 * i + 128)), c), larger(absolute(load(f32x16, x + 4 * i + 192)), d)
+            c, d = (
+                larger(absolute(load(f32x16, x + 4 * i + 128)), c),
+                larger(absolute(load(f32x16, x + 4 * i + 192)), d),
+            )
         scale = largest_lane(larger(larger(a, b), larger(c, d))) / types.float32(MAX_ACTIVATION)
         inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
         store(scales + start // 256 * 4, scale)
@@ -125,11 +128,16 @@ def _quantize_32(x, record, n_cols):
     zero, one = splat(f32x4, types.float32(0.0)), splat(f32x4, types.float32(1.0))
     for start in range(0, n_cols & ~127, 128):
         at = x + 4 * start
-        scale = four_maxima(_larger_of_32(at), _larger_of_32(at + 128), _larger_of_32(at + 256), _larger_of_32(at + 384))
+        scale = four_maxima(
+            _larger_of_32(at), _larger_of_32(at + 128), _larger_of_32(at + 256), _larger_of_32(at + 384)
+        )
         scale = scale / splat(f32x4, types.float32(MAX_ACTIVATION))
         inverse = where_positive(scale, one / scale, zero)
         store(scales + start // 8, scale)
-        a, b = _store_32(at, _lane_0(inverse), record + start), _store_32(at + 128, _lane_1(inverse), record + start + 32)
+        a, b = (
+            _store_32(at, _lane_0(inverse), record + start),
+            _store_32(at + 128, _lane_1(inverse), record + start + 32),
+        )
         c = _store_32(at + 256, _lane_2(inverse), record + start + 64)
         d = _store_32(at + 384, _lane_3(inverse), record + start + 96)
         store(sums + start // 8, convert(f32x4, quarter_sums(quarters(a, b, c, d))) * scale)

@@ -22,41 +22,36 @@ from numba import types
 from numba.extending import models, overload_method, register_model
 
 from edge_moe.kernels.dots import SIGN_BIAS, stored_sign
-from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import (
+from edge_moe.kernels.file_numbers import (
     add_bits,
-    add_set_bits,
     bit_field,
-    convert,
-    f32x16,
     from_bfloat,
     from_half,
+    load_bfloat,
+    load_half,
+    table_lookup,
+)
+from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.simd import (
+    convert,
+    f32x16,
     hidden,
-    high_half,
     i8x16,
-    i8x64,
     i16x16,
     i16x32,
     join,
     load,
-    load_bfloat,
-    load_half,
-    load_halves,
     low_half,
     masker,
     picker,
     shifter,
     splat,
-    table_lookup,
     u8x16,
     u8x32,
     u8x64,
-    u16x8,
     u16x16,
     u16x32,
-    u16x64,
     u32x8,
-    u32x16,
     view,
 )
 
@@ -101,21 +96,10 @@ class SuperblockFormat(FormatTag):
     """Superblocks of 256 columns."""
 
     def __init__(
-        self,
-        format_name: str,
-        block_bytes: int,
-        max_code: int,
-        group: int,
-        d_offset: int,
-        has_dmin: bool = False,
-        offset: int = 0,
+        self, format_name: str, block_bytes: int, max_code: int, group: int, d_offset: int, has_dmin: bool = False
     ) -> None:
-        """offset: by how much codes are too large, of formats without minimums of their own."""
         super().__init__(format_name, block_bytes, max_code, group)
-        self.d_offset, self.has_dmin, self.offset = d_offset, has_dmin, offset
-        # sums of four codes times int8 fit 16 bits, and minimums are those of 32 columns or the same for all codes
-        self.is_wide = 0 < max_code < 63 and has_dmin == (group == 32)
-        self.in_nibbles = group == 32 and has_dmin  # `wide_codes` are in the order of nibbles, not of columns
+        self.d_offset, self.has_dmin = d_offset, has_dmin
 
 
 for _family in (FloatFormat, BlockFormat, SuperblockFormat):
@@ -126,16 +110,15 @@ F32, F16, BF16 = FloatFormat("F32", 4), FloatFormat("F16", 2), FloatFormat("BF16
 Q4_0, Q4_1 = BlockFormat("Q4_0", 18, 15, 8, 2), BlockFormat("Q4_1", 20, 15, None, 4)
 Q5_0, Q5_1 = BlockFormat("Q5_0", 22, 31, 16, 6, 2), BlockFormat("Q5_1", 24, 31, None, 8, 4)
 Q8_0, IQ4_NL = BlockFormat("Q8_0", 34, SIGNED, SIGN_BIAS), BlockFormat("IQ4_NL", 18, SIGNED, SIGN_BIAS, 2)
-Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108, offset=4)
+Q2_K, Q3_K = SuperblockFormat("Q2_K", 84, 3, 16, 80, True), SuperblockFormat("Q3_K", 110, 7, 16, 108)
 Q4_K, Q5_K = SuperblockFormat("Q4_K", 144, 15, 32, 0, True), SuperblockFormat("Q5_K", 176, 31, 32, 0, True)
-Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208, offset=32), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
+Q6_K, IQ4_XS = SuperblockFormat("Q6_K", 210, 63, 16, 208), SuperblockFormat("IQ4_XS", 136, SIGNED, 32, 0)
 
 TAGS: dict[str, FormatTag] = {
     tag.format_name: tag
     for tag in (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS)
 }
 
-_each_twice_of_4 = picker([0, 0, 1, 1, 2, 2, 3, 3])
 _METHODS: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -182,33 +165,9 @@ def _superblock_codes(fmt, block, chunk):
     return _METHODS[fmt.format_name, "codes"]
 
 
-@overload_method(SuperblockFormat, "wide_codes")
-def _superblock_wide_codes(fmt, block, chunk):
-    return _METHODS.get((fmt.format_name, "wide_codes"), _METHODS[fmt.format_name, "codes"])
-
-
 @overload_method(SuperblockFormat, "scales_of_two")
 def _superblock_scales_of_two(fmt, a, b):
     return _METHODS[fmt.format_name, "scales_of_two"]
-
-
-@overload_method(SuperblockFormat, "scales_of_four")
-def _superblock_scales_of_four(fmt, block):
-    return _METHODS[fmt.format_name, "scales_of_four"]
-
-
-@overload_method(SuperblockFormat, "factors_of_four")
-def _superblock_factors_of_four(fmt, block, x_scales):
-    """d and dmin, or d twice, of four superblocks times x_scales f32x4: f32x8."""
-    if fmt.has_dmin:
-        return _METHODS[fmt.format_name, "factors_of_four"]
-    size, first = fmt.block_bytes, fmt.d_offset
-
-    def factors_of_four(fmt, block, x_scales):
-        d = block + first
-        return _each_twice_of_4(load_halves(d, d + size, d + 2 * size, d + 3 * size) * x_scales)
-
-    return factors_of_four
 
 
 @overload_method(SuperblockFormat, "scales")
@@ -268,14 +227,13 @@ def _bf16_load_one(fmt, address):
 
 # ---- parts of a register
 
-# Bytes are shifted as halves of 16-bit lanes: what comes over from the neighbour is cut off by the mask that follows.
 _left_4_2, _shift_0_2 = shifter((-4, -2)), shifter((0, 2))
-_nibbles, _low_high, _low_high_twice = bit_field((0,), 15), bit_field((0, 4), 15), bit_field((0, 4, 0, 4), 15)
-_pairs, _next_bits, _fifth_bits = bit_field((0, 2), 3), bit_field((0, 1), 1), bit_field((0, 2), 16)
+nibbles_of, _low_high, low_high_twice = bit_field((0,), 15), bit_field((0, 4), 15), bit_field((0, 4, 0, 4), 15)
+_pairs, _next_bits = bit_field((0, 2), 3), bit_field((0, 1), 1)
 
 
 @inline_kernel
-def _twice(address):
+def twice(address):
     """32 bytes in both halves of a register."""
     raw = load(u8x32, address)
     return join(raw, raw)
@@ -285,7 +243,7 @@ def _twice(address):
 def _nibbles_of_16(first, second):
     """16 bytes at each of two addresses -> of each the low, then the high nibbles."""
     a, b = load(u8x16, first), load(u8x16, second)
-    return _low_high_twice(join(join(a, a), join(b, b)), 0)
+    return low_high_twice(join(join(a, a), join(b, b)), 0)
 
 
 # ---- blocks of 32
@@ -307,13 +265,13 @@ def _q4_1_codes(fmt, first, second):
 
 
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_iq4_value = table_lookup(_IQ4_VALUES)
+iq4_value = table_lookup(_IQ4_VALUES)
 
 
 @method("codes", IQ4_NL)
 def _iq4_nl_codes(fmt, first, second):
     nibbles = _nibbles_of_16(first + 2, second + 2)
-    return stored_sign(_iq4_value(nibbles))
+    return stored_sign(iq4_value(nibbles))
 
 
 @method("codes", Q5_0)
@@ -326,31 +284,6 @@ def _q5_0_codes(fmt, first, second):
 def _q5_1_codes(fmt, first, second):
     low = hidden(_nibbles_of_16(first + 8, second + 8))
     return add_bits(low, load(types.uint32, first + 4), load(types.uint32, second + 4), 16)
-
-
-@overload_method(BlockFormat, "codes_of_four")
-def _codes_of_four(fmt, block):
-    size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
-    back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
-    nibbles_01 = picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
-    nibbles_23 = picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
-    bits_01 = picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
-    bits_23 = picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
-    halves = [0, size // 2, 32 + (2 * size - back) // 2, 32 + (3 * size - back) // 2]
-    scales_of, minimums_of = picker(halves), picker([h + 1 for h in halves])
-
-    def codes_of_four(fmt, block):
-        """The codes of the first and of the second two of four blocks, their scales and minimums u16x4."""
-        a, b = load(u8x64, block), load(u8x64, block + back)
-        low, high = _low_high_twice(nibbles_01(a), 0), _low_high_twice(nibbles_23(b), 0)
-        if bits:
-            low, high = add_set_bits(hidden(low), bits_01(a), 16), add_set_bits(hidden(high), bits_23(b), 16)
-        both = view(u16x64, join(a, b))
-        if is_table:
-            return stored_sign(_iq4_value(low)), stored_sign(_iq4_value(high)), scales_of(both), minimums_of(both)
-        return low, high, scales_of(both), minimums_of(both)
-
-    return codes_of_four
 
 
 # ---- superblocks of 256
@@ -374,75 +307,14 @@ def _q4_k_scales(fmt, a, b):
     return _first_8s_twice(both), _second_8s_twice(both)
 
 
-_words_acbc_4 = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(12, 16), *range(8, 16))])
-_words_aabb_4 = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(4, 12), *range(8, 12))])
-_own_shift_4, _own_bits_4 = shifter((0, 0, 0, 4) * 4), masker((63, 15, 63, 15) * 4)
-_upper_bits_4, _first_words = masker((0, 0x30, 0, 0x30) * 4), picker([0, 4, 8, 12])
-
-
-@inline_kernel
-def _four_times_16(address, size):
-    """16 bytes at each of four addresses `size` apart."""
-    low = join(load(u8x16, address), load(u8x16, address + size))
-    return join(low, join(load(u8x16, address + 2 * size), load(u8x16, address + 3 * size)))
-
-
-@inline_kernel
-def _q4_k_scales_of_four(block, size):
-    raw = _four_times_16(block, size)
-    own = _own_bits_4(view(u8x64, _own_shift_4(view(u32x16, _words_acbc_4(raw)))))
-    upper = _upper_bits_4(view(u8x64, view(u32x16, _words_aabb_4(raw)) >> types.uint32(2)))
-    both = hidden(own | upper)
-    return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
-
-
-@inline_kernel
-def _q4_k_factors_of_four(block, size, x_scales):
-    words = _first_words(view(u32x16, _four_times_16(block, size)))
-    return from_half(view(u16x8, words)) * _each_twice_of_4(x_scales)
-
-
-@method("scales_of_four", Q4_K)
-def _(fmt, block):
-    return _q4_k_scales_of_four(block, 144)
-
-
-@method("scales_of_four", Q5_K)
-def _(fmt, block):
-    return _q4_k_scales_of_four(block, 176)
-
-
-@method("factors_of_four", Q4_K)
-def _(fmt, block, x_scales):
-    return _q4_k_factors_of_four(block, 144, x_scales)
-
-
-@method("factors_of_four", Q5_K)
-def _(fmt, block, x_scales):
-    return _q4_k_factors_of_four(block, 176, x_scales)
-
-
 @method("codes", Q4_K)
 def _q4_k_codes(fmt, block, chunk):
-    return _low_high(_twice(block + 16 + 32 * chunk), 0)
-
-
-@method("wide_codes", Q4_K)
-def _q4_k_wide_codes(fmt, block, chunk):
-    return _nibbles(load(u8x64, block + 16 + 64 * (chunk >> 1)), 4 * (chunk & 1))
+    return _low_high(twice(block + 16 + 32 * chunk), 0)
 
 
 @method("codes", Q5_K)
 def _q5_k_codes(fmt, block, chunk):
-    return _low_high(_twice(block + 48 + 32 * chunk), 0) | (_next_bits(_twice(block + 16), 2 * chunk) << types.uint8(4))
-
-
-@method("wide_codes", Q5_K)
-def _q5_k_wide_codes(fmt, block, chunk):
-    half, odd = chunk >> 1, chunk & 1
-    low = _nibbles(load(u8x64, block + 48 + 64 * half), 4 * odd)
-    bits = view(u8x64, view(u16x32, _twice(block + 16)) << types.uint16(4 - 4 * half))
-    return low | _fifth_bits(bits, odd)
+    return _low_high(twice(block + 48 + 32 * chunk), 0) | (_next_bits(twice(block + 16), 2 * chunk) << types.uint8(4))
 
 
 @method("scales_of_two", Q6_K)
@@ -451,18 +323,12 @@ def _q6_k_scales(fmt, a, b):
     return scales, scales << types.int16(5)  # the codes are 32 too large
 
 
-@method("scales_of_four", Q6_K)
-def _q6_k_scales_of_four(fmt, block):
-    raw = view(i8x64, _four_times_16(block + 192, 210))
-    return hidden(convert(i16x32, low_half(raw))), hidden(convert(i16x32, high_half(raw)))
-
-
 @method("codes", Q6_K)
 def _q6_k_codes(fmt, block, chunk):
     half, odd = chunk >> 1, chunk & 1
-    low = _nibbles(load(u8x64, block + 64 * half), 4 * odd)
-    bits = view(u16x32, _twice(block + 128 + 32 * half))
-    high = _left_4_2(bits) if odd == 0 else _shift_0_2(bits)
+    low = nibbles_of(load(u8x64, block + 64 * half), 4 * odd)
+    bits = view(u16x32, twice(block + 128 + 32 * half))
+    high = _shift_0_2(bits) if odd else _left_4_2(bits)  # in place, but for what the mask cuts off
     return low | (view(u8x64, high) & types.uint8(0x30))
 
 
@@ -485,13 +351,8 @@ def _q3_k_scales(fmt, a, b):
 
 @method("codes", Q3_K)
 def _q3_k_codes(fmt, block, chunk):
-    low = _pairs(_twice(block + 32 + 32 * (chunk >> 1)), 4 * (chunk & 1))
-    return low | (_next_bits(_twice(block), 2 * chunk) << types.uint8(2))
-
-
-@method("scales_of_four", Q3_K)
-def _q3_k_scales_of_four(fmt, block):
-    return fmt.scales_of_two(block, block + 110)[0], fmt.scales_of_two(block + 220, block + 330)[0]
+    low = _pairs(twice(block + 32 + 32 * (chunk >> 1)), 4 * (chunk & 1))
+    return low | (_next_bits(twice(block), 2 * chunk) << types.uint8(2))
 
 
 @method("scales_of_two", Q2_K)
@@ -503,7 +364,7 @@ def _q2_k_scales(fmt, a, b):
 
 @method("codes", Q2_K)
 def _q2_k_codes(fmt, block, chunk):
-    return _pairs(_twice(block + 16 + 32 * (chunk >> 1)), 4 * (chunk & 1))
+    return _pairs(twice(block + 16 + 32 * (chunk >> 1)), 4 * (chunk & 1))
 
 
 _shift_by_nibble, _shift_by_pair = shifter(range(0, 32, 4)), shifter(range(0, 16, 2))
@@ -525,4 +386,4 @@ def _iq4_xs_scales(fmt, a, b):
 
 @method("codes", IQ4_XS)
 def _iq4_xs_codes(fmt, block, chunk):
-    return stored_sign(_iq4_value(_nibbles_of_16(block + 8 + 32 * chunk, block + 24 + 32 * chunk)))
+    return stored_sign(iq4_value(_nibbles_of_16(block + 8 + 32 * chunk, block + 24 + 32 * chunk)))

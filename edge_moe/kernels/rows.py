@@ -10,6 +10,7 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
@@ -19,7 +20,6 @@ from edge_moe.kernels.simd import (
     f32x16,
     first_lane,
     fma,
-    from_half,
     high_half,
     i8x16,
     i8x32,
@@ -28,10 +28,9 @@ from edge_moe.kernels.simd import (
     i32x16,
     join,
     load,
-    load_halves,
     low_half,
     picker,
-    prefetch,
+    prefetch_once,
     splat,
     store,
     u8x16,
@@ -63,7 +62,7 @@ def _float_row_total(fmt, row, x, n_cols, ahead, scratch):
     def row_total(fmt, row, x, n_cols, ahead, scratch):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
-            prefetch(ahead + i * size)
+            prefetch_once(ahead + i * size)
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
             b = fma(fmt.load(row + (i + 16) * size), load(f32x16, x + 4 * i + 64), b)
             c = fma(fmt.load(row + (i + 32) * size), load(f32x16, x + 4 * i + 128), c)
@@ -99,8 +98,8 @@ def _block_row_total(fmt, row, x, n_cols, ahead, scratch):
         for i in range(0, n_blocks, 4):
             a = row + i * size
             b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-            prefetch(ahead + i * size)
-            prefetch(ahead + i * size + 64)
+            prefetch_once(ahead + i * size)
+            prefetch_once(ahead + i * size + 64)
             own = load_halves(a, b, c, d)
             both = own * load(f32x4, scales + 4 * i)
             even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
@@ -155,7 +154,7 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
             a = row + i * size
             b, x_b = min(a + size, last), min(x + 256 * i + 256, last_x)
             for line in range(0, 2 * size, 64):
-                prefetch(ahead + i * size + line)
+                prefetch_once(ahead + i * size + line)
             s, m = fmt.scales_of_two(a, b)
             factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
             first = _superblock_dot(fmt, a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s))

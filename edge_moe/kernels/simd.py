@@ -39,7 +39,6 @@ u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
-i16x8 = Vector(types.int16, 8)
 u16x8, u32x4, u16x64 = Vector(types.uint16, 8), Vector(types.uint32, 4), Vector(types.uint16, 64)
 u16x4, i16x4 = Vector(types.uint16, 4), Vector(types.int16, 4)
 f32x2, f32x4 = Vector(types.float32, 2), Vector(types.float32, 4)
@@ -143,8 +142,9 @@ def _prefetcher(locality: int) -> Any:
     return prefetch
 
 
-# What will be read soon, into all levels of the cache; what will be read later, past the first level.
-prefetch, prefetch_far = _prefetcher(0), _prefetcher(2)
+# What will be read soon, into all levels of the cache; what will be read later, past the first level; what will be read
+# once, into the first level alone.
+prefetch, prefetch_far, prefetch_once = _prefetcher(3), _prefetcher(2), _prefetcher(0)
 
 
 @intrinsic
@@ -293,27 +293,6 @@ def masker(masks: Sequence[int]) -> Any:
         return value(value), codegen
 
     return mask
-
-
-def bit_field(shifts: Sequence[int], mask: int) -> Any:
-    """Make an operation on u8xN that takes bits out of each byte: shifted right by its part's constant, plus one number.
-
-    In lanes of 16 bits: what comes over from a neighbour must be masked away.
-    """
-
-    @intrinsic
-    def field(typingctx: Any, value: Any, more: Any) -> Any:
-        wide = Vector(types.uint16, value.lanes // 2)
-
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            own = constant(wide, [n for n in shifts for _ in range(wide.lanes // len(shifts))])
-            by = builder.add(own, spread(builder, builder.trunc(args[1], ir.IntType(16)), wide.lanes))
-            shifted = builder.lshr(builder.bitcast(args[0], llvm_type(wide)), by)
-            return builder.and_(builder.bitcast(shifted, args[0].type), constant(value, mask))
-
-        return value(value, types.int64), codegen
-
-    return field
 
 
 # ---- arithmetic: a + b, a - b, a * b, a / b of floats, a & b, a | b, a ^ b, a << n, a >> n, where b may be a scalar
@@ -472,161 +451,3 @@ def first_lane(typingctx: Any, value: Any) -> Any:
         return builder.extract_element(args[0], ir.Constant(INT32, 0))
 
     return value.element(value), codegen
-
-
-# ---- half precision, table lookup
-
-
-def half_bits_to_float(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """f16 bits (i16 or a vector of it) -> f32."""
-    vector = isinstance(bits.type, ir.VectorType)
-
-    def shaped(t: ir.Type) -> ir.Type:
-        return ir.VectorType(t, bits.type.count) if vector else t
-
-    def const(t: ir.Type, value: float | int) -> ir.Constant:
-        return ir.Constant(shaped(t), [value] * bits.type.count if vector else value)
-
-    if TARGET.has_f16 and vector:
-        return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(ir.FloatType()))
-    if TARGET.has_f16:
-        # LLVM would load into a lane of whatever register, and so wait for what was computed in it; by way of a general
-        # register, behind an assembly of nothing that hides where the number is from, it cannot.
-        wide = builder.zext(bits, INT32)
-        if TARGET.is_x86:
-            wide = builder.asm(ir.FunctionType(INT32, [INT32]), "", "=r,0", [wide], side_effect=False)
-        return builder.fpext(builder.bitcast(builder.trunc(wide, bits.type), ir.HalfType()), ir.FloatType())
-    # Without an instruction LLVM would call a library function for each lane: move the exponent instead, and scale.
-    wide = builder.zext(bits, shaped(INT32))
-    magnitude = builder.shl(builder.and_(wide, const(INT32, 0x7FFF)), const(INT32, 13))
-    scaled = builder.fmul(builder.bitcast(magnitude, shaped(ir.FloatType())), const(ir.FloatType(), 2.0**112))
-    special = builder.icmp_unsigned(">=", magnitude, const(INT32, 0x0F800000))
-    exponent = builder.or_(magnitude, const(INT32, 0x7F800000))
-    value = builder.select(special, exponent, builder.bitcast(scaled, shaped(INT32)))
-    sign = builder.shl(builder.and_(wide, const(INT32, 0x8000)), const(INT32, 16))
-    return builder.bitcast(builder.or_(value, sign), shaped(ir.FloatType()))
-
-
-@intrinsic
-def load_half(typingctx: Any, address: Any) -> Any:
-    """The f16 number at an address, as f32."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return half_bits_to_float(builder, load_at(builder, args[0], ir.IntType(16)))
-
-    return types.float32(types.int64), codegen
-
-
-@inline_kernel
-def load_halves(a, b, c, d):
-    """The f16 numbers at four addresses, as f32x4."""
-    low = types.uint64(load(types.uint16, a)) | (types.uint64(load(types.uint16, b)) << types.uint64(16))
-    high = types.uint64(load(types.uint16, c)) | (types.uint64(load(types.uint16, d)) << types.uint64(16))
-    return from_half(view(u16x4, hidden(low | (high << types.uint64(32)))))  # LLVM would put one by one into a register
-
-
-@intrinsic
-def from_half(typingctx: Any, bits: Any) -> Any:
-    """f16 bits u16x16 -> f32x16, or as many."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return half_bits_to_float(builder, args[0])
-
-    return Vector(types.float32, bits.lanes)(bits), codegen
-
-
-@intrinsic
-def from_bfloat(typingctx: Any, bits: Any) -> Any:
-    """bf16 bits u16x16 -> f32x16."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = ir.VectorType(INT32, bits.lanes)
-        shifted = builder.shl(builder.zext(args[0], wide), ir.Constant(wide, [16] * bits.lanes))
-        return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), bits.lanes))
-
-    return Vector(types.float32, bits.lanes)(bits), codegen
-
-
-@intrinsic
-def load_bfloat(typingctx: Any, address: Any) -> Any:
-    """The bf16 number at an address, as f32."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.zext(load_at(builder, args[0], ir.IntType(16)), INT32)
-        return builder.bitcast(builder.shl(bits, ir.Constant(INT32, 16)), ir.FloatType())
-
-    return types.float32(types.int64), codegen
-
-
-def table_lookup(table: Sequence[int]) -> Any:
-    """Make an operation that replaces each byte (0 to 15) by an entry of a constant table of 16 bytes."""
-
-    @intrinsic
-    def lookup(typingctx: Any, indices: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            byte = ir.IntType(8)
-            width = {"avx512": 64, "avx2": 32}.get(TARGET.shuffle, 16)
-            part_type = ir.VectorType(byte, width)
-            entries = ir.Constant(part_type, [v & 255 for v in table] * (width // 16))
-            name = {
-                "avx512": "llvm.x86.avx512.pshuf.b.512",
-                "avx2": "llvm.x86.avx2.pshuf.b",
-                "ssse3": "llvm.x86.ssse3.pshuf.b.128",
-                "neon": "llvm.aarch64.neon.tbl1.v16i8",
-            }.get(TARGET.shuffle)
-            parts = []
-            for start in range(0, indices.lanes, width):
-                part = rearrange(builder, args[0], range(start, start + width))
-                if name is not None:
-                    parts.append(call(builder, name, part_type, [entries, part]))
-                    continue
-                found = ir.Constant(part_type, [table[0] & 255] * width)
-                for i, entry in enumerate(table[1:], 1):
-                    hit = builder.icmp_unsigned("==", part, ir.Constant(part_type, [i] * width))
-                    found = builder.select(hit, ir.Constant(part_type, [entry & 255] * width), found)
-                parts.append(found)
-            while len(parts) > 1:
-                both = 2 * parts[0].type.count
-                pairs = zip(parts[::2], parts[1::2], strict=True)
-                parts = [rearrange(builder, a, range(both), b) for a, b in pairs]
-            return parts[0]
-
-        return Vector(types.int8, indices.lanes)(indices), codegen
-
-    return lookup
-
-
-@intrinsic
-def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) -> Any:
-    """codes u8x64 + `value` for each bit that is set of two uint32."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        codes, first, second, value = args
-        byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
-        if TARGET.shuffle == "avx512":  # bits are a mask there
-            low, high = (builder.zext(word, ir.IntType(64)) for word in (first, second))
-            bits = builder.or_(low, builder.shl(high, ir.Constant(high.type, 32)))
-            is_set = builder.bitcast(bits, ir.VectorType(ir.IntType(1), 64))
-            return builder.select(is_set, builder.add(codes, byte), codes)
-        words = rearrange(builder, spread(builder, first, 8), range(16), spread(builder, second, 8))
-        octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
-        own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
-        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
-        is_set = builder.icmp_unsigned("==", builder.and_(own_octet, own_bit), own_bit)
-        return builder.or_(codes, builder.select(is_set, byte, constant(u8x64, 0)))
-
-    return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
-
-
-@intrinsic
-def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
-    """codes u8x64 + `value` where bit i % 8 of the byte is set that lane i of octets u8x64 holds."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        codes, octets, value = args
-        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
-        is_set = builder.icmp_unsigned("!=", builder.and_(octets, own_bit), constant(u8x64, 0))
-        byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
-        return builder.select(is_set, builder.add(codes, byte), codes)
-
-    return u8x64(u8x64, u8x64, types.int64), codegen

@@ -4,11 +4,12 @@ What the blocks have besides their codes, scales and minimums, is then taken out
 """
 
 from numba import types
-from numba.extending import overload_method
 
+from edge_moe.kernels import wide_blocks  # noqa: F401 (its methods of the formats)
 from edge_moe.kernels.activations import nibbles_offset, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
+from edge_moe.kernels.file_numbers import from_half
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inlined_method
 from edge_moe.kernels.simd import (
@@ -16,7 +17,6 @@ from edge_moe.kernels.simd import (
     f32x4,
     f32x16,
     fma,
-    from_half,
     hidden,
     i8x64,
     i16x32,
@@ -25,7 +25,7 @@ from edge_moe.kernels.simd import (
     lanes_from,
     load,
     picker,
-    prefetch,
+    prefetch_once,
     splat,
     store,
 )
@@ -33,94 +33,73 @@ from edge_moe.kernels.target import TARGET
 
 
 def is_wide(fmt: FormatTag) -> bool:
-    """Whether rows of a format are multiplied so."""
+    """Whether rows of a format are multiplied so: where it was measured to be faster."""
     if TARGET.dot != "avx512vnni":
         return False
     if isinstance(fmt, BlockFormat):
         return TARGET.has_vbmi and fmt.nibbles > 0
-    return isinstance(fmt, SuperblockFormat) and fmt.is_wide
+    return isinstance(fmt, SuperblockFormat) and fmt.group == 32 and fmt.has_dmin
 
 
-# ---- superblocks
+# ---- superblocks of eight groups of 32
 
-_factors_ab, _factors_cd = picker([i // 8 * 2 for i in range(16)]), picker([4 + i // 8 * 2 for i in range(16)])
 _four_dmins = picker([2 * (i // 4) + 1 for i in range(16)])
-# of two superblocks with 8 scales and 8 minimums each the minimums, of 16 sums each those of 32 columns
+# Of four superblocks with 8 scales and 8 minimums each the minimums; of 64 sums each those of 16 columns.
 _minimums = picker([16 * k + 8 + i for k in range(4) for i in range(8)])
 _even, _odd = picker(range(0, 64, 2)), picker(range(1, 64, 2))
+# Of two superblocks' scales those of the packed sums of two chunks: four sums of the one, then four of the other, for
+# each 16 columns; the chunks are in the order of nibbles, groups 0 and 2, then 1 and 3.
+_a_01, _a_23, _b_01, _b_23 = (
+    picker([16 * s + 4 * p + i % 8 // 4 + i // 16 * 2 for i in range(32)]) for s in range(2) for p in range(2)
+)
 
 
-def _scale_pickers(group: int, in_nibbles: bool) -> list:
-    """Of two superblocks' scales i16x32 those that meet the packed sums of two chunks: of each of the two both pairs.
-
-    Packed sums are four of one chunk and four of the next, for each 16 of a chunk's columns.
-    """
-
-
-    def block_of(i: int) -> int:  # of 16 columns
-        return (i & 9) | (i & 2) << 1 | (i & 4) >> 1 if in_nibbles else i
-
-    return [
-        picker([16 * s + block_of(4 * (2 * p + i % 8 // 4) + i // 8) * 16 // group for i in range(32)])
-        for s in range(2)
-        for p in range(2)
-    ]
-
-
-@inlined_method(SuperblockFormat, "sums_of_one")
-def _sums_of_one(fmt, block, x, scales_01, scales_23):
-    def sums_of_one(fmt, block, x, scales_01, scales_23):
+@inlined_method(SuperblockFormat, "wide_sums_of_one")
+def _wide_sums_of_one(fmt, block, x, scales_01, scales_23):
+    def wide_sums_of_one(fmt, block, x, scales_01, scales_23):
         """A superblock times 256 columns, its chunks' scales i16x32 for two each: f32x16, without its minimums."""
         none = splat(i32x16, types.int32(0))
-        sums_0 = add_dot(none, fmt.wide_codes(block, 0), load(i8x64, x))
-        sums_1 = add_dot(none, fmt.wide_codes(block, 1), load(i8x64, x + 64))
-        sums_2 = add_dot(none, fmt.wide_codes(block, 2), load(i8x64, x + 128))
-        sums_3 = add_dot(none, fmt.wide_codes(block, 3), load(i8x64, x + 192))
+        sums_0 = add_dot(none, fmt.nibble_codes(block, 0), load(i8x64, x))
+        sums_1 = add_dot(none, fmt.nibble_codes(block, 1), load(i8x64, x + 64))
+        sums_2 = add_dot(none, fmt.nibble_codes(block, 2), load(i8x64, x + 128))
+        sums_3 = add_dot(none, fmt.nibble_codes(block, 3), load(i8x64, x + 192))
         total = add_pair_dot(none, packed_sums(sums_0, sums_1), scales_01)
         return convert(f32x16, add_pair_dot(total, packed_sums(sums_2, sums_3), scales_23))
 
-    return sums_of_one
+    return wide_sums_of_one
 
 
 @inlined_method(SuperblockFormat, "wide_row_total")
 def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
-    size, group, offset, in_nibbles = fmt.block_bytes, fmt.group, types.float32(fmt.offset), fmt.in_nibbles
-    a_01, a_23, b_01, b_23 = _scale_pickers(group, in_nibbles)
+    size = fmt.block_bytes
 
     def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
-        scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 256), n_cols // 256
-        codes = x + nibbles_offset(n_cols) if in_nibbles else x
+        scales, sums, codes = x + scales_offset(n_cols), x + sums_offset(n_cols, 256), x + nibbles_offset(n_cols)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
+        n_blocks = n_cols // 256
         for step in range(0, n_blocks, 4):
             i = min(step, n_blocks - 4)
-            block, columns = row + i * size, codes + 256 * i
+            block, x_i = row + i * size, codes + 256 * i
             for line in range(0, 4 * size, 64):
-                prefetch(ahead + step * size + line)
+                prefetch_once(ahead + step * size + line)
             ab, cd = fmt.scales_of_four(block)
             factors = fmt.factors_of_four(block, lanes_from(step - i, load(f32x4, scales + 4 * i)))
-            # numbers that fill a register are cheapest from memory; LLVM shall not know that they were stored just now
+            # One number in all lanes is cheapest from memory, if LLVM does not know that it was stored just now.
             store(scratch, factors)
             stored = hidden(scratch)
-            a = fmt.sums_of_one(block, columns, a_01(ab), a_23(ab))
-            even = fma(a, splat(f32x16, load(types.float32, stored)), even)
-            b = fmt.sums_of_one(block + size, columns + 256, b_01(ab), b_23(ab))
-            odd = fma(b, splat(f32x16, load(types.float32, stored + 8)), odd)
-            c = fmt.sums_of_one(block + 2 * size, columns + 512, a_01(cd), a_23(cd))
-            even = fma(c, splat(f32x16, load(types.float32, stored + 16)), even)
-            d = fmt.sums_of_one(block + 3 * size, columns + 768, b_01(cd), b_23(cd))
-            odd = fma(d, splat(f32x16, load(types.float32, stored + 24)), odd)
-            sums_ab, sums_cd = load(i16x32, sums + 32 * i), load(i16x32, sums + 32 * i + 64)
-            if group == 32:
-                both = join(sums_ab, sums_cd)
-                weighted = pair_dot(_minimums(join(ab, cd)), _even(both) + _odd(both))
-                minimums = fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
-            else:
-                minimums = fma(convert(f32x16, pair_dot(ab, sums_ab)), _factors_ab(factors), minimums)
-                minimums = fma(convert(f32x16, pair_dot(cd, sums_cd)), _factors_cd(factors), minimums)
-        if group == 32:
-            return (even + odd) - minimums
-        return (even + odd) - minimums * offset
+            total = fmt.wide_sums_of_one(block, x_i, _a_01(ab), _a_23(ab))
+            even = fma(total, splat(f32x16, load(types.float32, stored)), even)
+            total = fmt.wide_sums_of_one(block + size, x_i + 256, _b_01(ab), _b_23(ab))
+            odd = fma(total, splat(f32x16, load(types.float32, stored + 8)), odd)
+            total = fmt.wide_sums_of_one(block + 2 * size, x_i + 512, _a_01(cd), _a_23(cd))
+            even = fma(total, splat(f32x16, load(types.float32, stored + 16)), even)
+            total = fmt.wide_sums_of_one(block + 3 * size, x_i + 768, _b_01(cd), _b_23(cd))
+            odd = fma(total, splat(f32x16, load(types.float32, stored + 24)), odd)
+            both = join(load(i16x32, sums + 32 * i), load(i16x32, sums + 32 * i + 64))
+            weighted = pair_dot(_minimums(join(ab, cd)), _even(both) + _odd(both))
+            minimums = fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
+        return (even + odd) - minimums
 
     return wide_row_total
 
@@ -165,7 +144,7 @@ def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         for i in range(0, n_cols // 32, 4):
             at = i * size
             for line in range(0, 16 * size, 64):
-                prefetch(ahead + 4 * at + line)
+                prefetch_once(ahead + 4 * at + line)
             x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
             s, m = load(f32x4, scales + 4 * i), load(f32x4, sums + 4 * i)
             total_a, low_a = fmt.add_four_blocks(total_a, low_a, a + at, x_01, x_23, s, m)
