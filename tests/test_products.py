@@ -39,7 +39,7 @@ def assert_close(found, x, weights):
 
 
 def columns(fmt):
-    return {1: (1, 40, 203, 576), 32: (32, 96, 1408), 256: (256, 768, 2048)}[fmt.block_size]
+    return {1: (1, 40, 203, 576), 32: (32, 96, 128, 1408), 256: (256, 768, 1280, 2048)}[fmt.block_size]
 
 
 @every_format
@@ -73,7 +73,11 @@ def test_linear_of_any_floats(fmt):
 def test_nothing_is_read_beyond_the_last_row(fmt):
     """A matrix at the end of a file has nothing behind it: here the next page may not be read."""
     rng = np.random.default_rng(1)
-    n_cols = columns(fmt)[1]
+    for n_cols in columns(fmt):
+        _check_at_the_end_of_a_page(fmt, n_cols, rng)
+
+
+def _check_at_the_end_of_a_page(fmt, n_cols, rng):
     data = random_rows(fmt, 5, n_cols, rng)
     size = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
@@ -155,17 +159,32 @@ def test_decode_rows(fmt):
         np.testing.assert_allclose(found, decoded(fmt, data)[ids], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["F16", "Q5_0", "Q6_K"])
-def test_thread_count_changes_nothing(name):
+def test_units_run_through_small_matrices():
+    """Many matrices of an odd number of rows, with a few tokens each, as those of a token's experts."""
+    rng, n_rows = np.random.default_rng(8), 237
+    for name, n_cols in (("Q4_K", 1280), ("Q5_0", 256), ("Q8_0", 96), ("F32", 40)):
+        fmt = BY_NAME[name]
+        data = [random_rows(fmt, n_rows, n_cols, rng) for _ in range(9)]
+        counts = np.array([1, 0, 2, 3, 0, 0, 1, 1, 3])
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        x = whole_activations((int(offsets[-1]), n_cols), fmt.activation_group, rng)
+        addresses = np.array([d.ctypes.data for d in data])
+        found = products.grouped_linear(x, np.arange(len(x)), offsets, fmt, addresses, n_rows)
+        for d, begin, end in zip(data, offsets, offsets[1:], strict=False):
+            assert_close(found[begin:end], x[begin:end], decoded(fmt, d))
+
+
+@pytest.mark.parametrize(("name", "n_cols"), [("F16", 768), ("Q5_0", 768), ("Q6_K", 768), ("Q4_K", 1280)])
+def test_thread_count_changes_nothing(name, n_cols):
     fmt, rng = BY_NAME[name], np.random.default_rng(6)
-    data = random_rows(fmt, 700, 768, rng)
+    data = random_rows(fmt, 701, n_cols, rng)
     threads = numba.get_num_threads()
     for n_tokens in (1, 3, 30):
-        x = rng.standard_normal((n_tokens, 768)).astype(np.float32)
+        x = rng.standard_normal((n_tokens, n_cols)).astype(np.float32)
         results = []
         for n in range(1, numba.config.NUMBA_NUM_THREADS + 1):
             numba.set_num_threads(n)
-            results.append(products.linear(x, [(fmt, data.ctypes.data, 700)])[0])
+            results.append(products.linear(x, [(fmt, data.ctypes.data, 701)])[0])
         numba.set_num_threads(threads)
         assert all((r == results[0]).all() for r in results)
 

@@ -211,6 +211,18 @@ def test_assembly_of_other_formats(name):
     assert len(re.findall(r"vpdpbusd\s+\d*\(%r\w+,%r\w+\)\{1to16\}, %zmm", text)) >= 32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "wide"), [("Q4_K", r"vpackssdw.*%zmm"), ("Q5_0", r"vpermb.*%zmm")])
+def test_assembly_of_wide_rows(name, wide):
+    """What the forms for long registers are made of; without byte permutations blocks of 32 have none."""
+    features = f"{AVX512},avx512vnni"
+    text = assembly(name, "x86_64-unknown-linux-gnu", "znver4", f"{features},avx512vbmi")
+    assert len(re.findall(wide, text)) >= 8
+    assert "prefetchnta" in text
+    if name == "Q5_0":
+        assert not re.search(wide, assembly(name, "x86_64-unknown-linux-gnu", "cascadelake", features))
+
+
 def assembly(format_name, triple, cpu, features):
     """A product's machine code for another CPU, as text."""
     try:
