@@ -3,16 +3,19 @@
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For panels, the records of a few
-tokens are interleaved to a tile.
+groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
+
+What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
 
+import numpy as np
 from numba import types
 
 from edge_moe.kernels.dots import MAX_ACTIVATION
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,
+    address_of,
     convert,
     f32x16,
     fetch_add,
@@ -63,8 +66,8 @@ def record_bytes(n_cols, group):
 
 
 @inline_kernel
-def _quantize_row(x, record, n_cols, group):
-    """x f32[n_cols] at an address -> its record at another."""
+def _quantize_row(x, record, residual, n_cols, group):
+    """x f32[n_cols] at an address -> its record, and at `residual`, if that is not 0, f32[n_cols] that are left."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, group)
     for start in range(0, n_cols, group):
         largest = splat(f32x16, types.float32(0.0))
@@ -74,7 +77,11 @@ def _quantize_row(x, record, n_cols, group):
         inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
         group_sum = types.int32(0)
         for i in range(start, start + group, 16):
-            codes = convert(i32x16, rounded(load(f32x16, x + 4 * i) * inverse))
+            values = load(f32x16, x + 4 * i)
+            whole = rounded(values * inverse)
+            if residual:
+                store(residual + 4 * i, values - whole * scale)
+            codes = convert(i32x16, whole)
             store(record + i, convert(i8x16, codes))
             part = reduce_add(codes)
             group_sum += part
@@ -98,18 +105,30 @@ def _store_zeros(address, n_bytes):
 
 @kernel
 def quantize_units(fmt, plan):
-    """Quantize rows as long as the plan has some: i64 counter, n_rows, x, records, record_bytes, n_cols, group."""
+    """Quantize rows as long as the plan has some.
+
+    Plan: i64 counter, n_rows, x, records, record_bytes, n_cols, group, is_fine. If fine, the records of what is left of
+    the rows lie behind those of all rows.
+    """
     n_rows, x, records = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
     stride, n_cols, group = load(types.int64, plan + 32), load(types.int64, plan + 40), load(types.int64, plan + 48)
+    is_fine = load(types.int64, plan + 56)
+    memory = np.empty(n_cols if is_fine else 0, np.float32)
+    residual = address_of(memory) if is_fine else 0
     while True:
         start = fetch_add(plan, QUANTIZE_ROWS)
         if start >= n_rows:
-            return 0
+            return memory.size  # the memory must live until here
         for i in range(start, min(start + QUANTIZE_ROWS, n_rows)):
+            row, record = x + i * n_cols * 4, records + i * stride
             if group == 32:  # constants make faster loops
-                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 32)
+                _quantize_row(row, record, residual, n_cols, 32)
+                if is_fine:
+                    _quantize_row(residual, record + n_rows * stride, 0, n_cols, 32)
             else:
-                _quantize_row(x + i * n_cols * 4, records + i * stride, n_cols, 256)
+                _quantize_row(row, record, residual, n_cols, 256)
+                if is_fine:
+                    _quantize_row(residual, record + n_rows * stride, 0, n_cols, 256)
 
 
 @kernel
