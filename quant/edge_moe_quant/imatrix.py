@@ -78,7 +78,7 @@ def collect(
     for number, ids in enumerate(windows):
         if progress:
             progress(number, len(windows), "")
-        logits = model.forward(ids, model.new_cache(len(ids)))
+        logits = model.forward(ids, model.new_cache(len(ids)), all_logits=True)  # the last layer, too, of all tokens
         if not np.isfinite(logits).all():
             raise FormatError(f"{checkpoint.path}: gives logits that are not finite; make the file anew")
     for name in (model.weights.lm_head.name, model.weights.embed_tokens.name):
