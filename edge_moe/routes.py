@@ -38,7 +38,7 @@ def record_routes(checkpoint: Checkpoint, token_ids: Sequence[int], threads: int
         for start in range(0, len(part), PREFILL_CHUNK):
             chunk = part[start : start + PREFILL_CHUNK]
             if len(chunk) > 1:  # a single one would be replayed, and nothing seen of it
-                model.forward(chunk, cache)
+                model.forward(chunk, cache, all_logits=True)  # the last layer, too, of all tokens
     return np.stack([np.concatenate(each) for each in watcher.ids.values()], axis=1).astype(np.int16)
 
 

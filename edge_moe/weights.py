@@ -46,6 +46,12 @@ class Weight:
         return self.address + np.arange(self.shape[0], dtype=np.int64) * (self.stride_bytes or self.matrix_bytes)
 
     @property
+    def has_8_bits(self) -> bool:
+        """Quantized as finely as activations are. Coarser weights are the larger error by far, floats are none."""
+        bits = 8 * self.format.block_bytes / self.format.block_size
+        return self.format.activation_group > 0 and bits >= 8
+
+    @property
     def file_offsets(self) -> np.ndarray:
         """Where in the file each matrix of a stack begins, i64[n]."""
         return self.addresses - int(self.data.ctypes.data) + self.data_offset

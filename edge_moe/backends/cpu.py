@@ -6,6 +6,7 @@ before a kernel sees them, so that each kernel is compiled for one memory layout
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from weakref import WeakKeyDictionary
 
@@ -101,9 +102,13 @@ class CpuBackend:
         """RMSNorm of each row. x f32[T,D], weight f32[D] -> f32[T,D]."""
         return elementwise.rms_norm(np.ascontiguousarray(x), weight, np.float32(eps))
 
-    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
-        """Products of one input with several matrices. x f32[T,C] -> a list of f32[T,n_rows]."""
-        return products.linear(x, [(w.format, w.address, w.shape[0]) for w in weights])
+    def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
+        """Products of one input with several matrices, then with `fine` ones. x f32[T,C] -> a list of f32[T,n_rows]."""
+        plain = [*weights, *(w for w in fine if not w.has_8_bits)]
+        doubled = [w for w in fine if w.has_8_bits]
+        parts = ([(w.format, w.address, w.shape[0]) for w in each] for each in (plain, doubled))
+        outputs = dict(zip([*plain, *doubled], products.linear(x, *parts), strict=True))
+        return [outputs[w] for w in (*weights, *fine)]
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         """A matrix of its own for each head. x f32[T,H,C], weight [H,n_rows,C] -> f32[T,H,n_rows]."""
@@ -224,10 +229,11 @@ class CpuBackend:
         """The router's bias f32[E] in the layer of `down`; experts in memory are favoured for single tokens only."""
         return bias
 
-    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
-        """down(silu(gate x) * (up x)). x f32[T,D] -> f32[T,D]."""
-        gated = elementwise.silu_multiply(*self.linear(x, gate, up))
-        return self.linear(gated, down)[0]
+    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> np.ndarray:
+        """down(silu(gate x) * (up x)), all products fine or none. x f32[T,D] -> f32[T,D]."""
+        if fine:
+            return self.linear(elementwise.silu_multiply(*self.linear(x, fine=(gate, up))), fine=(down,))[0]
+        return self.linear(elementwise.silu_multiply(*self.linear(x, gate, up)), down)[0]
 
     def experts(
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight

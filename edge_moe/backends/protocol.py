@@ -5,6 +5,7 @@ own (numpy arrays, places in a device's memory): between operations a pass only 
 and `[...]`. Weights and gains come as they lie in the file.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,8 +51,12 @@ class Operations(Protocol):
         """RMSNorm of each row. x [T,D], weight f32[D] -> [T,D]."""
         ...
 
-    def linear(self, x: Array, *weights: Weight) -> list[Array]:
-        """Products of one input with several matrices. x [T,C] -> a list of [T,n_rows]."""
+    def linear(self, x: Array, *weights: Weight, fine: Sequence[Weight] = ()) -> list[Array]:
+        """Products of one input with several matrices, behind them with `fine` ones. x [T,C] -> a list of [T,n_rows].
+
+        For fine ones a backend that rounds x to 8 bits keeps 15, where the weight itself has 8: a coarser one is not
+        worth it.
+        """
         ...
 
     def per_head(self, x: Array, weight: Weight) -> Array:
@@ -138,8 +143,8 @@ class Operations(Protocol):
         """The router's bias f32[E] in the layer of `down`, to be given to `route`."""
         ...
 
-    def gated_mlp(self, x: Array, gate: Weight, up: Weight, down: Weight) -> Array:
-        """down(silu(gate x) * (up x)). x [T,D] -> [T,D]."""
+    def gated_mlp(self, x: Array, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> Array:
+        """down(silu(gate x) * (up x)), all products fine or none. x [T,D] -> [T,D]."""
         ...
 
     def experts(self, x: Array, ids: Array, weights: Array, gate: Weight, up: Weight, down: Weight) -> Array:

@@ -132,24 +132,26 @@ class Recorder:
         self._step(steps.norm_step, [0, x.size, _address(x), _address(weight), _bits(eps), _address(out)])
         return out
 
-    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
-        """Products of one input with several matrices. x f32[1,C] -> a list of f32[1,n_rows]."""
-        outputs = [self._empty(1, weight.shape[0]) for weight in weights]
+    def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
+        """Products of one input with several matrices, then with `fine` ones. x f32[1,C] -> a list of f32[1,n_rows]."""
+        wanted, fine_groups = [*weights, *fine], {w.format.activation_group for w in fine if w.has_8_bits}
+        outputs = [self._empty(2 if w.has_8_bits else 1, w.shape[0]) for w in fine]
+        outputs = [self._empty(1, weight.shape[0]) for weight in weights] + outputs
         records: dict[int, np.ndarray] = {}
-        for fmt in {weight.format.name: weight.format for weight in weights}.values():
-            if fmt.activation_group not in records:
-                records[fmt.activation_group] = self._quantize(x, fmt.activation_group)
-            chosen = [(w, out) for w, out in zip(weights, outputs, strict=True) if w.format is fmt]
-            groups = [(w.address, w.shape[0], 0, out) for w, out in chosen]
-            self._product(chosen[0][0], records[fmt.activation_group], groups)
-        return outputs
+        for fmt in {weight.format.name: weight.format for weight in wanted}.values():
+            group = fmt.activation_group
+            if group not in records:
+                records[group] = self._quantize(x, group, is_fine=group in fine_groups)
+            chosen = [(w, out) for w, out in zip(wanted, outputs, strict=True) if w.format is fmt]
+            self._product(chosen[0][0], records[group], [(w.address, w.shape[0], 0, out) for w, out in chosen])
+        return [out if len(out) == 1 else self.add(out[:1], out[1:]) for out in outputs]
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         """A matrix of its own for each head. x f32[1,H,C], weight [H,n_rows,C] -> f32[1,H,n_rows]."""
         out = self._empty(1, x.shape[1], weight.shape[1])
         records = self._quantize(x[0], weight.format.activation_group)
         addresses = weight.addresses.tolist()
-        self._product(weight, records, [(at, weight.shape[1], h, out[0, h]) for h, at in enumerate(addresses)])
+        self._product(weight, records, [(at, weight.shape[1], h, out[:, h]) for h, at in enumerate(addresses)])
         return out
 
     def per_head_transposed(self, x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -257,8 +259,10 @@ class Recorder:
         self.steps.append(renew)
         return favoured
 
-    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
-        """down(silu(gate x) * (up x)). x f32[1,D] -> f32[1,D]."""
+    def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> np.ndarray:
+        """down(silu(gate x) * (up x)), all products fine or none. x f32[1,D] -> f32[1,D]."""
+        if fine:
+            return self.linear(self._silu_multiply(*self.linear(x, fine=(gate, up))), fine=(down,))[0]
         return self.linear(self._silu_multiply(*self.linear(x, gate, up)), down)[0]
 
     def experts(
@@ -272,12 +276,12 @@ class Recorder:
         together = [(gate, gate_out), (up, up_out)]
         for part in [together] if gate.format is up.format else [together[:1], together[1:]]:
             stacks = [weight for weight, _ in part]
-            groups = [(weight.address, weight.shape[1], 0, row) for weight, rows in part for row in rows]
+            groups = [(weight.address, weight.shape[1], 0, row[None]) for weight, rows in part for row in rows]
             chosen = [(ids, w) if tables is None else (tables[int(w is up)], None) for w in stacks]
             self._product(stacks[0], records[stacks[0].format.activation_group], groups, chosen)
         gated = self._silu_multiply(gate_out, up_out)
         out = self._empty(top_k, down.shape[1])
-        groups = [(down.address, down.shape[1], k, out[k]) for k in range(top_k)]
+        groups = [(down.address, down.shape[1], k, out[k : k + 1]) for k in range(top_k)]
         chosen = [(ids, down) if tables is None else (tables[2], None)]
         self._product(down, self._quantize(gated, down.format.activation_group), groups, chosen)
         positions = np.arange(top_k)
@@ -347,17 +351,20 @@ class Recorder:
         self._step(steps.copy_step, [0, *x.shape, _address(x), x.strides[0], _address(out)])
         return out
 
-    def _quantize(self, x: np.ndarray, group: int) -> np.ndarray:
-        """Addresses i64[M] of the rows of x f32[M,C] as the products want them: in int8, or as they are (group 0)."""
-        rows = self._contiguous(x)
+    def _quantize(self, x: np.ndarray, group: int, is_fine: bool = False) -> np.ndarray:
+        """Addresses i64[M] of the rows of x f32[M,C] as the products want them: in int8, or as they are (group 0).
+
+        If fine, behind them of what int8 leaves of each.
+        """
+        rows, n_records = self._contiguous(x), 2 * len(x) if is_fine else len(x)
         first, stride = _address(rows), rows.strides[0]
         if group:
             stride = record_bytes(x.shape[1], group)
-            records = self._empty(len(x) * stride + 64, dtype=np.uint8)
+            records = self._empty(n_records * stride + 64, dtype=np.uint8)
             source, first = first, (_address(records) + 63) & ~63
-            plan = [0, len(x), source, first, stride, x.shape[1], group]
+            plan = [0, len(x), source, first, stride, x.shape[1], group, is_fine]
             self._step(quantize_units, plan, operations=4 * x.size if len(x) > QUANTIZE_ROWS else 0)
-        table = first + stride * np.arange(len(x), dtype=np.int64)
+        table = first + stride * np.arange(n_records, dtype=np.int64)
         self.keep.append(table)
         return table
 
@@ -368,7 +375,7 @@ class Recorder:
         groups: list[tuple[int, int, int, np.ndarray]],
         chosen: Sequence[tuple[np.ndarray, Weight | None]] = (),
     ) -> None:
-        """Matrices (address, n_rows, which record, out f32[n_rows]) in the format and width of `weight`.
+        """Matrices (address, n_rows, first of n records, out f32[n,n_rows]) in the format and width of `weight`.
 
         Each of the stacks `chosen` in turn has a group for each of its ids i64[K], whose address is put in when the
         steps run; without a stack the ids are addresses.
@@ -378,7 +385,7 @@ class Recorder:
         for address, n_rows, record, out in groups:
             rows_end += n_rows
             # the kernel writes record m's results m * n_rows floats behind the address given
-            plan += (address, n_rows, record, record + 1, _address(out) - 4 * record * n_rows, rows_end, 0)
+            plan += (address, n_rows, record, record + len(out), _address(out) - 4 * record * n_rows, rows_end, 0)
         choices = [self._step(steps.choose_step, [0] * 7) for _ in chosen]
         numbers = self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
         field = _address(numbers) + 8 * units.GROUPS

@@ -6,8 +6,11 @@ are filled up with zeros to a multiple of 64, so that a pair of blocks always fi
 groups of 32, or two of 256. For groups of 256 the codes follow once more, in the order in
 which 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 in the lower halves, 32 to 63 and 96 to 127 in the
 upper ones. For panels, the records of a few tokens, without these, are interleaved to a tile.
+
+What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
 
+import numpy as np
 from numba import types
 
 from edge_moe.kernels.dots import MAX_ACTIVATION
@@ -15,6 +18,7 @@ from edge_moe.kernels.folds import four_maxima, quarter_sums, quarters
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,
+    address_of,
     convert,
     f32x4,
     f32x16,
@@ -95,7 +99,7 @@ def _codes(x, inverse):
 
 @inline_kernel
 def _quantize_256(x, record, n_cols):
-    """x f32[n_cols] at an address -> its record at another, for groups of 256."""
+    """A record with groups of 256."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 256)
     in_nibbles = record + nibbles_offset(n_cols)
     for start in range(0, n_cols, 256):
@@ -123,7 +127,7 @@ def _quantize_256(x, record, n_cols):
 
 @inline_kernel
 def _quantize_32(x, record, n_cols):
-    """The same for groups of 32: four at a time, then those that are left."""
+    """A record with groups of 32: four at a time, then those that are left."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 32)
     zero, one = splat(f32x4, types.float32(0.0)), splat(f32x4, types.float32(1.0))
     for start in range(0, n_cols & ~127, 128):
@@ -175,6 +179,26 @@ def _end_record(scales, sums, n_cols, group):
 
 
 @inline_kernel
+def _quantize_row(x, record, n_cols, group):
+    """x f32[n_cols] at an address -> its record at another."""
+    if group == 32:
+        _quantize_32(x, record, n_cols)
+    else:
+        _quantize_256(x, record, n_cols)
+
+
+@inline_kernel
+def _store_rest(x, record, rest, n_cols, group):
+    """What the codes of a record leave of x, f32[n_cols] to an address."""
+    scales = record + scales_offset(n_cols)
+    for start in range(0, n_cols, group):
+        scale = splat(f32x16, load(types.float32, scales + start // group * 4))
+        for i in range(start, start + group, 16):
+            coded = convert(f32x16, convert(i32x16, load(i8x16, record + i))) * scale
+            store(rest + 4 * i, load(f32x16, x + 4 * i) - coded)
+
+
+@inline_kernel
 def _store_zeros(address, n_bytes):
     """Clear memory, in steps of 4 bytes."""
     for i in range(0, n_bytes, 4):
@@ -183,18 +207,26 @@ def _store_zeros(address, n_bytes):
 
 @kernel
 def quantize_units(fmt, plan):
-    """Quantize rows as long as the plan has some: i64 counter, n_rows, x, records, record_bytes, n_cols, group."""
+    """Quantize rows as long as the plan has some.
+
+    Plan: i64 counter, n_rows, x, records, record_bytes, n_cols, group, is_fine. If fine, the records of what is left of
+    the rows lie behind those of all rows.
+    """
     n_rows, x, records = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
     stride, n_cols, group = load(types.int64, plan + 32), load(types.int64, plan + 40), load(types.int64, plan + 48)
+    is_fine = load(types.int64, plan + 56)
+    memory = np.empty(n_cols if is_fine else 0, np.float32)
+    rest = address_of(memory)
     while True:
         start = fetch_add(plan, QUANTIZE_ROWS)
         if start >= n_rows:
-            return 0
+            return memory.size  # the memory must live until here
         for i in range(start, min(start + QUANTIZE_ROWS, n_rows)):
-            if group == 32:
-                _quantize_32(x + i * n_cols * 4, records + i * stride, n_cols)
-            else:
-                _quantize_256(x + i * n_cols * 4, records + i * stride, n_cols)
+            row, record = x + i * n_cols * 4, records + i * stride
+            _quantize_row(row, record, n_cols, group)
+            if is_fine:
+                _store_rest(row, record, rest, n_cols, group)
+                _quantize_row(rest, record + n_rows * stride, n_cols, group)
 
 
 @kernel

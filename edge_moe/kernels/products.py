@@ -1,7 +1,8 @@
 """Products of activations with weight matrices that stay in the file's blocks.
 
 Inputs of quantized weights are brought to int8 first; then all matrices of one format are multiplied in one parallel
-region. Results do not depend on the number of threads.
+region. Fine products add a second one, of what the rounding to int8 left of the input. Results do not depend on the
+number of threads.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,13 @@ from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
 FLOATS = TAGS["F32"]  # stands for the format where a kernel has none
 EVERY_ROW = np.empty(0, np.int64)
+FINE_TOKENS, FINE_NUMBERS = 64, 1 << 23  # at a time, where results are many: both terms are in memory
 
 
 @kernel
-def _quantize(quantize, group, x, records, stride, n_threads):
-    """x f32[M, C] -> records of activations at an address."""
-    plan = np.array([0, x.shape[0], address_of(x), records, stride, x.shape[1], group])
+def _quantize(quantize, group, x, records, stride, is_fine, n_threads):
+    """x f32[M, C] -> records of activations at an address, behind them if fine those of what they leave of x."""
+    plan = np.array([0, x.shape[0], address_of(x), records, stride, x.shape[1], group, is_fine])
     launch(quantize, address_of(plan), (x.shape[0] + QUANTIZE_ROWS - 1) // QUANTIZE_ROWS, 4 * x.size, n_threads)
     return plan.size  # the plan must live until here
 
@@ -49,17 +51,21 @@ def _interleave(interleave, matrices, tokens, tiled, tiles, tile_bytes, n_thread
 
 
 @kernel
-def _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads):
-    """Matrices i64[G, 5] (address, n_rows, first and last + 1 entry, place in out) times x[rows]; no rows: times x."""
+def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_threads):
+    """Matrices i64[G, 5] (address, n_rows, first and last + 1 entry, place in out) times x[rows]; no rows: times x.
+
+    If fine, there are no rows, and behind the entries of x those of what int8 leaves of it.
+    """
     multiply, quantize, interleave = codes
     n_cols = x.shape[1]
     stride = record_bytes(n_cols, group) if group else 4 * n_cols
-    records = np.empty(x.shape[0] * stride + 64 if group else 0, np.uint8)
+    n_inputs = 2 * x.shape[0] if is_fine else x.shape[0]
+    records = np.empty(n_inputs * stride + 64 if group else 0, np.uint8)
     first = address_of(x)
     if group:
         first = (address_of(records) + 63) & ~63
-        _quantize(quantize, group, x, first, stride, n_threads)
-    n_entries = rows.size if rows.size else x.shape[0]
+        _quantize(quantize, group, x, first, stride, is_fine, n_threads)
+    n_entries = rows.size if rows.size else n_inputs
     tokens = np.empty(n_entries, np.int64)
     for m in range(n_entries):
         tokens[m] = first + stride * (rows[m] if rows.size else m)
@@ -116,7 +122,7 @@ def _multiply_groups(codes, group, x, rows, offsets, addresses, n_rows, row_byte
             row[0], row[1], row[2], row[3] = addresses[w, g], n_rows, offsets[g], offsets[g + 1]
             row[4] = w * rows.size * n_rows
     if rows.size:
-        _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads)
+        _multiply(codes, group, x, rows, matrices, row_bytes, False, out, n_threads)
     return True
 
 
@@ -147,28 +153,44 @@ def _integers(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def linear(x: np.ndarray, weights: Sequence[tuple[BlockFormat, int, int]]) -> list[np.ndarray]:
+def linear(
+    x: np.ndarray, weights: Sequence[tuple[BlockFormat, int, int]], fine: Sequence[tuple[BlockFormat, int, int]] = ()
+) -> list[np.ndarray]:
     """Several matrices times one input. x f32[T, C]; weights (format, address, n_rows) -> list of f32[T, n_rows].
 
-    The address is that of n_rows rows of C columns in the format's blocks; the caller answers for the memory there.
+    Behind them those of `fine` weights, for which x has the precision of 15 bits instead of 8. The address is that of
+    n_rows rows of C columns in the format's blocks; the caller answers for the memory there.
     Raises ShapeError for an x that is no float32 matrix, FormatError for a C that the blocks do not divide.
     """
     x = _matrix(x)
     n_tokens, n_cols = x.shape
-    outputs: list[np.ndarray] = [x] * len(weights)
-    for fmt in {weight[0] for weight in weights}:
+    wanted = [*weights, *fine]
+    n_numbers = sum(n_rows for _, _, n_rows in fine)
+    if n_tokens > FINE_TOKENS and n_tokens * n_numbers > FINE_NUMBERS:  # logits of many tokens: never twice in memory
+        outputs: list[np.ndarray] = [np.empty((n_tokens, n_rows), np.float32) for _, _, n_rows in wanted]
+        for i in range(0, n_tokens, FINE_TOKENS):
+            for out, part in zip(outputs, linear(x[i : i + FINE_TOKENS], weights, fine), strict=True):
+                out[i : i + FINE_TOKENS] = part
+        return outputs
+    outputs = [x] * len(wanted)
+    for fmt in {weight[0] for weight in wanted}:
         chosen, matrices, place = [], [], 0
-        for i, (other, address, n_rows) in enumerate(weights):
+        for i, (other, address, n_rows) in enumerate(wanted):
             if other is fmt:
                 chosen.append(i)
-                matrices.append((index(address), index(n_rows), 0, n_tokens, place))
-                place += n_tokens * n_rows
+                n_entries = 2 * n_tokens if i >= len(weights) and fmt.activation_group else n_tokens
+                matrices.append((index(address), index(n_rows), 0, n_entries, place))
+                place += n_entries * n_rows
         out = np.empty(place, np.float32)
         row_bytes = fmt.row_bytes(n_cols)
         if n_tokens:
-            _multiply(*_kernels(fmt), x, EVERY_ROW, np.array(matrices, np.int64), row_bytes, out, get_num_threads())
-        for i, (_, n_rows, _, _, place) in zip(chosen, matrices, strict=True):
-            outputs[i] = out[place : place + n_tokens * n_rows].reshape(n_tokens, n_rows)
+            table, is_fine = np.array(matrices, np.int64), any(n_tokens < matrix[3] for matrix in matrices)
+            _multiply(*_kernels(fmt), x, EVERY_ROW, table, row_bytes, is_fine, out, get_num_threads())
+        for i, (_, n_rows, _, n_entries, place) in zip(chosen, matrices, strict=True):
+            entries = out[place : place + n_entries * n_rows].reshape(n_entries, n_rows)
+            outputs[i] = entries[:n_tokens]
+            if n_entries > n_tokens:
+                outputs[i] += entries[n_tokens:]
     return outputs
 
 

@@ -2,6 +2,10 @@
 
 Source: DeepSeek-V2, arXiv 2405.04434, section 2 (MLA 2.1, DeepSeekMoE 2.2); DeepSeek-V3, arXiv 2412.19437, section 2.1.
 Shapes: T tokens, H heads, D hidden, R kv_lora_rank, N nope, P rope, V value head, E experts, K active, F expert width.
+
+Products are `fine` where rounding their input to 8 bits would cost most of the accuracy that it costs at all: the dense
+layers, whose outputs are large and come before every router; the latents, of which all keys and values are made; the
+values that attention brings back; the head.
 """
 
 from dataclasses import dataclass
@@ -176,14 +180,14 @@ class DeepseekV2:
             layer = self.weights.layers[index]
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
             h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index - layers.start))
+            if index == everything[-1] and not all_logits:
+                h = h[-1:]  # behind the last attention tokens no longer meet
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
             following = self.weights.layers[index + 1 : min(index + 2, layers.stop)]
             h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
         if layers.stop < everything.stop:
             return h
-        if not all_logits:
-            h = h[-1:]
-        return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
+        return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), fine=(self.weights.lm_head,))[0]
 
     def rotations(self, ops: Operations, cache: TokenCache, n_tokens: int) -> tuple[Array, Array]:
         """cos and sin of the next positions, f32[T,P/2] each."""
@@ -203,10 +207,10 @@ class DeepseekV2:
         """Multi-head latent attention. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
         c, n_tokens = self.config, len(x)
         if isinstance(w.q_proj, LowRankQuery):
-            q_a, kv = ops.linear(x, w.q_proj.q_a_proj, w.kv_a_proj_with_mqa)
+            q_a, kv = ops.linear(x, fine=(w.q_proj.q_a_proj, w.kv_a_proj_with_mqa))
             q = ops.linear(ops.norm(q_a, w.q_proj.q_a_layernorm, c.rms_norm_eps), w.q_proj.q_b_proj)[0]
         else:
-            q, kv = ops.linear(x, w.q_proj, w.kv_a_proj_with_mqa)
+            q, kv = ops.linear(x, w.q_proj, fine=(w.kv_a_proj_with_mqa,))
         q = q.reshape(n_tokens, c.num_attention_heads, c.qk_head_dim)
         q_nope, q_pe = q[..., : c.qk_nope_head_dim], q[..., c.qk_nope_head_dim :]
         c_kv, k_pe = kv[:, : c.kv_lora_rank], kv[:, c.kv_lora_rank :]
@@ -223,13 +227,13 @@ class DeepseekV2:
             q_latent = absorb(q_nope, w.k_b_proj)  # q . (W_UK c) = (W_UK^T q) . c: keys are never expanded
             context = ops.latent_attention(q_latent, q_pe, c_kv, k_pe, cache, layer, c.softmax_scale)
             values = ops.per_head(context, w.v_b_proj)  # nor are values: W_UV (sum of p c) = sum of p (W_UV c)
-        return ops.linear(values.reshape(n_tokens, -1), w.o_proj)[0]
+        return ops.linear(values.reshape(n_tokens, -1), fine=(w.o_proj,))[0]
 
     def feed_forward(
         self, ops: Operations, w: MLP | MoE, x: Array, h: Array | None = None, following: Layer | None = None
     ) -> Array:
         """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D]. Source: section 2.2."""
-        return feed_forward(ops, self.route, self.config.rms_norm_eps, w, x, h, following)
+        return feed_forward(ops, self.route, self.config.rms_norm_eps, w, x, h, following, fine=True)
 
     def route(self, ops: Operations, w: MoE, x: Array) -> tuple[Array, Array]:
         """The experts of each token and their weights. x f32[T,D] -> ids i64[T,K], weights f32[T,K]."""

@@ -55,14 +55,16 @@ def feed_forward(
     x: Array,
     h: Array | None = None,
     following: Layer | None = None,
+    *,
+    fine: bool = False,
 ) -> Array:
-    """A dense MLP, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D].
+    """A dense MLP, its products fine if wanted, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D].
 
     Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.2; without shared experts Mixtral, arXiv 2401.04088, section 2.1.
     """
     if isinstance(w, MLP):
-        return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj)
+        return ops.gated_mlp(x, w.gate_proj, w.up_proj, w.down_proj, fine=fine)
     ids, gates = route(ops, w, x)
     experts = w.experts
     ops.request(ids, experts.down_proj)

@@ -142,13 +142,13 @@ class Llama:
             layer = self.weights.layers[index]
             x = ops.norm(h, layer.input_layernorm, c.rms_norm_eps)
             h = ops.add(h, self.attention(ops, layer.self_attn, x, cos, sin, cache, index - layers.start))
+            if index == everything[-1] and not all_logits:
+                h = h[-1:]  # behind the last attention tokens no longer meet
             x = ops.norm(h, layer.post_attention_layernorm, c.rms_norm_eps)
             following = self.weights.layers[index + 1 : min(index + 2, layers.stop)]
             h = ops.add(h, self.feed_forward(ops, layer.mlp, x, h, *following))
         if layers.stop < everything.stop:
             return h
-        if not all_logits:
-            h = h[-1:]
         return ops.linear(ops.norm(h, self.weights.norm, c.rms_norm_eps), self.weights.lm_head)[0]
 
     def rotations(self, ops: Operations, cache: TokenCache, n_tokens: int) -> tuple[Array, Array]:

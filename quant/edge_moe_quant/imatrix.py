@@ -3,7 +3,7 @@
 Experts count the tokens that the router sends them, all alike. The head is left out. Source: imatrix.cpp of llama.cpp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +37,11 @@ class SquareSums(CpuBackend):
         self.sums[weight.name] = self.sums.get(weight.name, 0.0) + sums
         self.counts[weight.name] = self.counts.get(weight.name, 0.0) + counts
 
-    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
+    def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
         squares = np.square(x, dtype=np.float64).sum(axis=0, keepdims=True)
-        for weight in weights:
+        for weight in (*weights, *fine):
             self.note(weight, squares, np.array([len(x)], np.float64))
-        return super().linear(x, *weights)
+        return super().linear(x, *weights, fine=fine)
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         self.note(weight, np.square(x, dtype=np.float64).sum(axis=0), np.array([len(x)], np.float64))
@@ -78,7 +78,7 @@ def collect(
     for number, ids in enumerate(windows):
         if progress:
             progress(number, len(windows), "")
-        logits = model.forward(ids, model.new_cache(len(ids)))
+        logits = model.forward(ids, model.new_cache(len(ids)), all_logits=True)  # the last layer, too, of all tokens
         if not np.isfinite(logits).all():
             raise FormatError(f"{checkpoint.path}: gives logits that are not finite; make the file anew")
     for name in (model.weights.lm_head.name, model.weights.embed_tokens.name):

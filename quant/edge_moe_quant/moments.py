@@ -48,9 +48,9 @@ class Inputs(SparingBackend):
         self.of: dict[int, np.ndarray] = {}  # by identity of the weight: f32[T,C], or f32[H,T,C]
         self.routed: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # inputs, ids, gates of the experts
 
-    def linear(self, x: np.ndarray, *weights: Weight) -> list[np.ndarray]:
-        self.of |= {id(weight): x for weight in weights}
-        return super().linear(x, *weights)
+    def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
+        self.of |= {id(weight): x for weight in (*weights, *fine)}
+        return super().linear(x, *weights, fine=fine)
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         self.of[id(weight)] = x.transpose(1, 0, 2)

@@ -1,5 +1,6 @@
 """The coarse operations of a model pass in MLX: arrays that are not computed before somebody wants them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ class MlxOperations:
         """RMSNorm of each row. x [T,D], weight f32[D] -> [T,D]."""
         return self._mx.fast.rms_norm(x, self._weights.vector(weight), eps)
 
-    def linear(self, x: Any, *weights: Weight) -> list[Any]:
-        """Products of one input with several matrices. x [T,C] -> a list of [T,n_rows]."""
-        return [self._weights.product(x, weight) for weight in weights]
+    def linear(self, x: Any, *weights: Weight, fine: Sequence[Weight] = ()) -> list[Any]:
+        """Products of one input with several matrices, all fine: x is not rounded. x [T,C] -> a list of [T,n_rows]."""
+        return [self._weights.product(x, weight) for weight in (*weights, *fine)]
 
     def per_head(self, x: Any, weight: Weight) -> Any:
         """A matrix of its own for each head. x [T,H,C], weight [H,n_rows,C] -> [T,H,n_rows]."""
@@ -143,7 +144,7 @@ class MlxOperations:
             return self._weights.vector(bias)
         return self._mx.array(store.favoured(store.layer_of(down), bias))
 
-    def gated_mlp(self, x: Any, gate: Weight, up: Weight, down: Weight) -> Any:
+    def gated_mlp(self, x: Any, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> Any:
         """down(silu(gate x) * (up x)). x [T,D] -> [T,D]."""
         return self.linear(self._gated(*self.linear(x, gate, up)), down)[0]
 

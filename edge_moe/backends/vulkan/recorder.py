@@ -127,10 +127,10 @@ class DeviceRecorder:
         self._step(("norm",), params, (len(x), 1, 1), self._weights.vector(weight))
         return out
 
-    def linear(self, x: DeviceArray, *weights: Weight) -> list[DeviceArray]:
-        """Products of one input with several matrices. x [T,C] -> a list of [T,n_rows]."""
+    def linear(self, x: DeviceArray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[DeviceArray]:
+        """Products of one input with several matrices, all fine: x is not rounded. x [T,C] -> a list of [T,n_rows]."""
         outputs = []
-        for weight in weights:
+        for weight in (*weights, *fine):
             out = self.arena.take(len(x), weight.shape[0])
             for part in self._weights.parts(weight):
                 y = out.at + part.first_row, out.strides[0], 0
@@ -240,7 +240,7 @@ class DeviceRecorder:
         """The bias itself."""
         return bias
 
-    def gated_mlp(self, x: DeviceArray, gate: Weight, up: Weight, down: Weight) -> DeviceArray:
+    def gated_mlp(self, x: DeviceArray, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> DeviceArray:
         """down(silu(gate x) * (up x)). x [T,D] -> [T,D]."""
         return self.linear(self._elementwise("silu", *self.linear(x, gate, up)), down)[0]
 
