@@ -100,7 +100,7 @@ def measured(request, models):
     ids = model.tokenizer.encode(TEXT)
     assert 256 <= len(ids) <= 1024
     logits = model.logits(ids), llama_logits(path, ids), ReferenceModel.from_gguf(path).logits(ids)
-    return ids, *map(log_probabilities, logits)
+    return request.param, ids, *map(log_probabilities, logits)
 
 
 def mean_divergence(of, to):
@@ -111,10 +111,14 @@ def mean_divergence(of, to):
 
 
 def test_embedded_model(measured):
-    ids, ours, theirs, exact = measured
+    quantization, ids, ours, theirs, exact = measured
     # llama.cpp rounds other sums on each kind of CPU, and is itself up to 9e-4 from exact arithmetic: where it is off
-    # by more than usual, so is what separates the two. How far ours may be off is the next test.
-    assert mean_divergence(theirs, ours) < max(1e-3, 1.5 * mean_divergence(exact, theirs))
+    # by more than usual, so is what separates the two. Where our products are fine, errors are not the same on both
+    # sides, so they add up. How far ours may be off is the next test.
+    limit = 1.5 * mean_divergence(exact, theirs)
+    if quantization == "Q8_0":
+        limit = mean_divergence(exact, theirs) + mean_divergence(exact, ours)
+    assert mean_divergence(theirs, ours) < max(1e-3, limit)
     following = np.arange(len(ids) - 1), ids[1:]
     perplexity_ours, perplexity_theirs = (np.exp(-log_p[following].mean()) for log_p in (ours, theirs))
     assert perplexity_ours == pytest.approx(perplexity_theirs, rel=0.005)
@@ -123,10 +127,12 @@ def test_embedded_model(measured):
 def test_embedded_model_is_as_exact_as_in_llama(measured):
     """What separates the two is the rounding of activations to 8 bits, which costs both alike, and of the cache.
 
-    Ours is bf16 and llama.cpp's f16: now and then a router near a tie goes the other way, the 1e-5 that is added.
+    Ours is bf16 and llama.cpp's f16: now and then a router near a tie goes the other way, the 1e-5 that is added. With
+    weights of 8 bits our products are fine, and so the answers must be nearer to exact ones.
     """
-    _, ours, theirs, exact = measured
-    assert mean_divergence(exact, ours) < 2 * mean_divergence(exact, theirs) + 1e-5
+    quantization, _, ours, theirs, exact = measured
+    most = 1 if quantization == "Q8_0" else 2
+    assert mean_divergence(exact, ours) < most * mean_divergence(exact, theirs) + 1e-5
 
 
 # Left out: v2_groups, since llama.cpp scores a group by its best two experts for every model, where DeepSeek-V2's own
