@@ -12,7 +12,7 @@ import pytest
 
 import edge_moe
 from edge_moe.backends.cpu import CpuBackend
-from edge_moe.backends.recorder import Program
+from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.errors import ShapeError
 from edge_moe.models.deepseek2 import DeepseekV2, load_weights
 
@@ -120,3 +120,16 @@ def test_forward_refuses_what_would_leave_its_memory(ids):
     model.forward(np.array([1, 2, 3, 4]), cache)
     with pytest.raises(ShapeError, match="room for 1 to 0"):
         model.forward(np.array([1]), cache)
+
+
+def test_buffers_are_given_again():
+    """Memory of a result that nobody holds, not even a part of it, is that of the next one of its size."""
+    recorder = Recorder(threads=1)
+    x = np.zeros((1, 64), np.float32)
+    first = recorder.add(x, x)
+    place = first.ctypes.data
+    part = first[:, 3:5]
+    del first
+    assert recorder.add(x, x).ctypes.data != place
+    del part
+    assert recorder.add(x, x).ctypes.data == place

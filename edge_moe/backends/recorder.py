@@ -5,9 +5,11 @@ token is read from memory when the steps run: the token id, the rotations, the n
 addresses of the chosen experts.
 """
 
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +72,13 @@ class Program:
         return self._logits.copy()
 
 
+class Inputs(NamedTuple):
+    """Addresses i64[M] of the rows that a product takes, and the array they are in, to be held until it has them."""
+
+    addresses: np.ndarray
+    memory: np.ndarray
+
+
 class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
@@ -81,6 +90,7 @@ class Recorder:
         self.steps: list[tuple[int, ...] | Callable[[], object]] = []
         self._threads, self._store = threads, store
         self.keep: list[object] = []
+        self._free: dict[int, list[np.ndarray]] = {}  # memory by its size
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
 
@@ -137,7 +147,7 @@ class Recorder:
         wanted, fine_groups = [*weights, *fine], {w.format.activation_group for w in fine if w.has_8_bits}
         outputs = [self._empty(2 if w.has_8_bits else 1, w.shape[0]) for w in fine]
         outputs = [self._empty(1, weight.shape[0]) for weight in weights] + outputs
-        records: dict[int, np.ndarray] = {}
+        records: dict[int, Inputs] = {}
         for fmt in {weight.format.name: weight.format for weight in wanted}.values():
             group = fmt.activation_group
             if group not in records:
@@ -324,10 +334,20 @@ class Recorder:
             self._step(step.function, step.plan, step.fmt, operations)
 
     def _empty(self, *shape: int, dtype: type = np.float32) -> np.ndarray:
-        """A buffer that lives as long as the program."""
-        out: np.ndarray = np.zeros(shape, dtype)
-        self.keep.append(out)
-        return out
+        """A buffer. Its memory lives as long as the program, but is given again when nobody holds the array any more.
+
+        Steps run in the order in which they are recorded: what comes later may overwrite it, and finds it in the cache.
+        """
+        n_bytes = (math.prod(shape) * np.dtype(dtype).itemsize + 63) & ~63
+        free = self._free.setdefault(n_bytes, [])
+        if not free:
+            free.append(np.zeros(n_bytes, np.uint8))
+            self.keep.append(free[-1])
+        memory = free.pop()
+        # views of an array made of a memoryview hold that array, not what is below it
+        out: np.ndarray = np.frombuffer(memory.data, dtype, math.prod(shape))
+        weakref.finalize(out, free.append, memory).atexit = False
+        return out.reshape(shape)
 
     def _step(
         self,
@@ -351,10 +371,10 @@ class Recorder:
         self._step(steps.copy_step, [0, *x.shape, _address(x), x.strides[0], _address(out)])
         return out
 
-    def _quantize(self, x: np.ndarray, group: int, is_fine: bool = False) -> np.ndarray:
-        """Addresses i64[M] of the rows of x f32[M,C] as the products want them: in int8, or as they are (group 0).
+    def _quantize(self, x: np.ndarray, group: int, is_fine: bool = False) -> Inputs:
+        """The rows of x f32[M,C] as the products want them: in int8, or as they are (group 0).
 
-        If fine, behind them of what int8 leaves of each.
+        If fine, behind them what int8 leaves of each.
         """
         rows, n_records = self._contiguous(x), 2 * len(x) if is_fine else len(x)
         first, stride = _address(rows), rows.strides[0]
@@ -366,12 +386,12 @@ class Recorder:
             self._step(quantize_units, plan, operations=4 * x.size if len(x) > QUANTIZE_ROWS else 0)
         table = first + stride * np.arange(n_records, dtype=np.int64)
         self.keep.append(table)
-        return table
+        return Inputs(table, records if group else rows)
 
     def _product(
         self,
         weight: Weight,
-        records: np.ndarray,
+        inputs: Inputs,
         groups: list[tuple[int, int, int, np.ndarray]],
         chosen: Sequence[tuple[np.ndarray, Weight | None]] = (),
     ) -> None:
@@ -381,7 +401,7 @@ class Recorder:
         steps run; without a stack the ids are addresses.
         """
         n_cols, row_bytes = weight.shape[-1], weight.row_bytes
-        plan, rows_end = [0, len(groups), n_cols, row_bytes, self._threads, _address(records), 0, 0], 0
+        plan, rows_end = [0, len(groups), n_cols, row_bytes, self._threads, _address(inputs.addresses), 0, 0], 0
         for address, n_rows, record, out in groups:
             rows_end += n_rows
             # the kernel writes record m's results m * n_rows floats behind the address given
