@@ -12,6 +12,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -205,7 +206,13 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             if path.stat().st_size == 0:
                 raise FormatError(f"{_shown(path)}: is empty, expected a GGUF file; download it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                # What is not in memory yet is then read and mapped by 2 MiB at a time, where the file system can: a
+                # token reads weights from all over the file, and looking up 4 KiB pages costs it 5 %.
+                with suppress(OSError):
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
+            return mapped
     except FileNotFoundError:
         raise OptionError(f"{_shown(path)}: no such file; check the path") from None
     except PermissionError:

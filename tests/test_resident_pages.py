@@ -259,3 +259,15 @@ def test_all_parts_of_a_split_model_are_known(tmp_path):
     assert len(parts) > 1
     assert list(opened.maps) == parts
     assert [data.size for data in opened.maps.values()] == [part.stat().st_size for part in parts]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_the_file_may_be_read_by_huge_pages(tmp_path):
+    """The mapping of a model says so to the kernel: flag hg."""
+    path = tmp_path / "tiny.gguf"
+    write_tiny_deepseek2(path)
+    (mapped,) = open_gguf(path).maps.values()
+    begins = f"{mapped.ctypes.data:x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(begins))
+    assert "hg" in next(line for line in lines if line.startswith("VmFlags:")).split()
