@@ -10,6 +10,7 @@ from reference import ReferenceModel
 
 import edge_moe
 from edge_moe.checkpoint import open_checkpoint
+from edge_moe.weights import Weight
 
 pytest.importorskip("onnx", reason="the export needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="what it writes is run by onnxruntime")
@@ -74,7 +75,9 @@ def distance(a, b):
 
 @pytest.mark.parametrize(("bits", "kind", "allowed"), [(32, "F32", 1e-4), (8, "Q8_0", 2e-2)])
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_our_runtime(name, bits, kind, allowed, tmp_path):
+def test_logits_are_those_of_our_runtime(name, bits, kind, allowed, tmp_path, monkeypatch):
+    """In 8 bits without our fine products: ONNX Runtime rounds each input once."""
+    monkeypatch.setattr(Weight, "has_8_bits", False)
     path = write_model(name, tmp_path / "model.gguf", kind)
     result = export_onnx(open_checkpoint(path), tmp_path / "out", bits=bits)
     assert not result.requantized  # the same weights

@@ -190,7 +190,8 @@ def linear(
             entries = out[place : place + n_entries * n_rows].reshape(n_entries, n_rows)
             outputs[i] = entries[:n_tokens]
             if n_entries > n_tokens:
-                outputs[i] += entries[n_tokens:]
+                with np.errstate(all="ignore"):  # weights of nonsense give infinities, as they do without a second term
+                    outputs[i] += entries[n_tokens:]
     return outputs
 
 
