@@ -209,7 +209,7 @@ def _map(path: Path) -> mmap.mmap:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 # What is not in memory yet is then read and mapped by 2 MiB at a time, where the file system can: a
-                # token reads weights from all over the file, and looking up 4 KiB pages costs it 5 %.
+                # token reads weights from all over the file, and looking up 4 KiB pages costs it 3 to 5 %.
                 with suppress(OSError):
                     mapped.madvise(mmap.MADV_HUGEPAGE)
             return mapped
