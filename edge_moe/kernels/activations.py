@@ -3,9 +3,9 @@
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For groups of 256 the codes follow once more, in the order in
-which 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 in the lower halves, 32 to 63 and 96 to 127 in the
-upper ones. For panels, the records of a few tokens, without these, are interleaved to a tile.
+groups of 32, or two of 256. For groups of 256 the codes follow once more, in the order that 64 bytes of nibbles have:
+columns 0 to 31 and 64 to 95 are the lower halves, 32 to 63 and 96 to 127 the upper ones. For panels, the records of a
+few tokens, without these, are interleaved to a tile.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
@@ -15,6 +15,7 @@ from numba import types
 
 from edge_moe.kernels.dots import MAX_ACTIVATION
 from edge_moe.kernels.folds import four_maxima, quarter_sums, quarters
+from edge_moe.kernels.functions import codes_of, inverse_of
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
 from edge_moe.kernels.simd import (
     absolute,
@@ -28,11 +29,10 @@ from edge_moe.kernels.simd import (
     i32x16,
     join,
     larger,
-    largest_lane,
     load,
     picker,
     reduce_add,
-    rounded,
+    reduce_max,
     splat,
     store,
     where_positive,
@@ -92,90 +92,67 @@ def _nibble_place(column):
 
 
 @inline_kernel
-def _codes(x, inverse):
-    """Sixteen numbers over a scale, i32x16."""
-    return convert(i32x16, rounded(load(f32x16, x) * inverse))
-
-
-@inline_kernel
 def _quantize_256(x, record, n_cols):
-    """A record with groups of 256."""
+    """Codes, scales and sums of groups of 256."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 256)
     in_nibbles = record + nibbles_offset(n_cols)
     for start in range(0, n_cols, 256):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(start, start + 256, 64):
-            a, b = larger(absolute(load(f32x16, x + 4 * i)), a), larger(absolute(load(f32x16, x + 4 * i + 64)), b)
-            c, d = (
-                larger(absolute(load(f32x16, x + 4 * i + 128)), c),
-                larger(absolute(load(f32x16, x + 4 * i + 192)), d),
-            )
-        scale = largest_lane(larger(larger(a, b), larger(c, d))) / types.float32(MAX_ACTIVATION)
-        inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
+            at = x + 4 * i
+            a, b = larger(absolute(load(f32x16, at)), a), larger(absolute(load(f32x16, at + 64)), b)
+            c, d = larger(absolute(load(f32x16, at + 128)), c), larger(absolute(load(f32x16, at + 192)), d)
+        scale = reduce_max(larger(larger(a, b), larger(c, d))) / types.float32(MAX_ACTIVATION)
+        inverse = inverse_of(scale)
         store(scales + start // 256 * 4, scale)
         for i in range(start, start + 256, 64):
-            p, q = _codes(x + 4 * i, inverse), _codes(x + 4 * i + 64, inverse)
-            r, s = _codes(x + 4 * i + 128, inverse), _codes(x + 4 * i + 192, inverse)
+            at = x + 4 * i
+            p, q = codes_of(at, inverse), codes_of(at + 64, inverse)
+            r, s = codes_of(at + 128, inverse), codes_of(at + 192, inverse)
             low, high = join(convert(i8x16, p), convert(i8x16, q)), join(convert(i8x16, r), convert(i8x16, s))
             store(record + i, join(low, high))
             store(in_nibbles + _nibble_place(i), low)
             store(in_nibbles + _nibble_place(i + 32), high)
             store(sums + i // 8, convert(i16x4, quarter_sums(quarters(p, q, r, s))))
-    _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
-    _end_record(scales, sums, n_cols, 256)
-
-
-@inline_kernel
-def _quantize_32(x, record, n_cols):
-    """A record with groups of 32: four at a time, then those that are left."""
-    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 32)
-    zero, one = splat(f32x4, types.float32(0.0)), splat(f32x4, types.float32(1.0))
-    for start in range(0, n_cols & ~127, 128):
-        at = x + 4 * start
-        scale = four_maxima(
-            _larger_of_32(at), _larger_of_32(at + 128), _larger_of_32(at + 256), _larger_of_32(at + 384)
-        )
-        scale = scale / splat(f32x4, types.float32(MAX_ACTIVATION))
-        inverse = where_positive(scale, one / scale, zero)
-        store(scales + start // 8, scale)
-        a, b = (
-            _store_32(at, _lane_0(inverse), record + start),
-            _store_32(at + 128, _lane_1(inverse), record + start + 32),
-        )
-        c = _store_32(at + 256, _lane_2(inverse), record + start + 64)
-        d = _store_32(at + 384, _lane_3(inverse), record + start + 96)
-        store(sums + start // 8, convert(f32x4, quarter_sums(quarters(a, b, c, d))) * scale)
-    for start in range(n_cols & ~127, n_cols, 32):
-        scale = largest_lane(_larger_of_32(x + 4 * start)) / types.float32(MAX_ACTIVATION)
-        inverse = types.float32(1.0) / scale if scale > types.float32(0.0) else types.float32(0.0)
-        store(scales + start // 8, scale)
-        total = reduce_add(_store_32(x + 4 * start, splat(f32x16, inverse), record + start))
-        store(sums + start // 8, types.float32(total) * scale)
-    _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
-    _end_record(scales, sums, n_cols, 32)
 
 
 _lane_0, _lane_1, _lane_2, _lane_3 = (picker([k] * 16) for k in range(4))
 
 
 @inline_kernel
-def _larger_of_32(x):
-    return larger(absolute(load(f32x16, x)), absolute(load(f32x16, x + 64)))
+def _quantize_32(x, record, n_cols):
+    """Those of groups of 32: four at a time, then those that are left."""
+    scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 32)
+    zero, one = splat(f32x4, types.float32(0.0)), splat(f32x4, types.float32(1.0))
+    for start in range(0, n_cols & ~127, 128):
+        at, to = x + 4 * start, record + start
+        a, b, c, d = _largest_of_32(at), _largest_of_32(at + 128), _largest_of_32(at + 256), _largest_of_32(at + 384)
+        scale = four_maxima(a, b, c, d) / splat(f32x4, types.float32(MAX_ACTIVATION))
+        inverse = where_positive(scale, one / scale, zero)
+        store(scales + start // 8, scale)
+        p, q = _store_32(at, _lane_0(inverse), to), _store_32(at + 128, _lane_1(inverse), to + 32)
+        r, s = _store_32(at + 256, _lane_2(inverse), to + 64), _store_32(at + 384, _lane_3(inverse), to + 96)
+        store(sums + start // 8, convert(f32x4, quarter_sums(quarters(p, q, r, s))) * scale)
+    for start in range(n_cols & ~127, n_cols, 32):
+        scale = reduce_max(_largest_of_32(x + 4 * start)) / types.float32(MAX_ACTIVATION)
+        store(scales + start // 8, scale)
+        total = reduce_add(_store_32(x + 4 * start, splat(f32x16, inverse_of(scale)), record + start))
+        store(sums + start // 8, types.float32(total) * scale)
+
+
+@inline_kernel
+def _largest_of_32(x):
+    """The largest magnitudes of 32 floats in 16 lanes; what is not a number counts for none."""
+    first = larger(absolute(load(f32x16, x)), splat(f32x16, types.float32(0.0)))
+    return larger(absolute(load(f32x16, x + 64)), first)
 
 
 @inline_kernel
 def _store_32(x, inverse, record):
     """The codes of 32 columns, stored; and their sums in 16 lanes."""
-    a, b = convert(i32x16, rounded(load(f32x16, x) * inverse)), convert(i32x16, rounded(load(f32x16, x + 64) * inverse))
+    a, b = codes_of(x, inverse), codes_of(x + 64, inverse)
     store(record, join(convert(i8x16, a), convert(i8x16, b)))
     return a + b
-
-
-@inline_kernel
-def _end_record(scales, sums, n_cols, group):
-    missing = _summed_columns(n_cols, group) - n_cols
-    _store_zeros(scales + n_cols // group * 4, missing // group * 4)
-    _store_zeros(sums + n_cols // 8, missing // 8)
 
 
 @inline_kernel
@@ -185,6 +162,10 @@ def _quantize_row(x, record, n_cols, group):
         _quantize_32(x, record, n_cols)
     else:
         _quantize_256(x, record, n_cols)
+    _store_zeros(record + n_cols, padded_columns(n_cols) - n_cols)
+    missing = _summed_columns(n_cols, group) - n_cols
+    _store_zeros(record + scales_offset(n_cols) + n_cols // group * 4, missing // group * 4)
+    _store_zeros(record + sums_offset(n_cols, group) + n_cols // 8, missing // 8)
 
 
 @inline_kernel

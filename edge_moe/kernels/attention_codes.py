@@ -36,7 +36,7 @@ from edge_moe.kernels.attention_tiles import (
 )
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
-from edge_moe.kernels.functions import exp2
+from edge_moe.kernels.functions import codes_of, exp2, inverse_of
 from edge_moe.kernels.jit import both_sides, inline_kernel
 from edge_moe.kernels.simd import (
     absolute,
@@ -54,7 +54,6 @@ from edge_moe.kernels.simd import (
     prefetch_far,
     reduce_add,
     reduce_max,
-    rounded,
     splat,
     store,
 )
@@ -143,17 +142,6 @@ def largest_of(values, n):
         top = max(top, abs(value))
         wrong = wrong + splat(f32x16, value) * zero
     return top + reduce_add(wrong)
-
-
-@inline_kernel
-def inverse_of(step):
-    return types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
-
-
-@inline_kernel
-def codes_of(values, inverse):
-    """16 floats at an address as whole numbers."""
-    return convert(i32x16, rounded(load(f32x16, values) * inverse))
 
 
 @inline_kernel

@@ -19,7 +19,6 @@ from edge_moe.kernels.attention_codes import (
     clear_behind,
     decode_rope_keys,
     hide_behind,
-    inverse_of,
     join_quads,
     largest_of,
     rope_pairs,
@@ -42,6 +41,7 @@ from edge_moe.kernels.attention_tiles import (
 )
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
+from edge_moe.kernels.functions import inverse_of
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import Vector, convert, f32x16, fma, i8x16, load, reduce_add, splat, store
 from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store, tile_zero

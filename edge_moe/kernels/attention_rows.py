@@ -85,24 +85,34 @@ def _softmax(scores, n, partial, factors):
     join_chunk(partial, top, total, factors)
 
 
+@overload_method(FloatFormat, "store_numbers")
+def _store_numbers(fmt, place, values, n):
+    size = fmt.block_bytes
+
+    def store_numbers(fmt, place, values, n):
+        """Keep n floats at an address one behind the other at another."""
+        for i in range(0, n - 15, 16):
+            if size == 4:
+                store(place + size * i, load(f32x16, values + 4 * i))
+            else:
+                store(place + size * i, to_bfloat(load(f32x16, values + 4 * i)))
+        for i in range(n & ~15, n):
+            if size == 4:
+                store(place + size * i, load(types.float32, values + 4 * i))
+            else:
+                store(place + size * i, to_bf16(load(types.float32, values + 4 * i)))
+
+    return store_numbers
+
+
 @overload_method(FloatFormat, "store_latent")
 def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
     size = fmt.block_bytes
 
     def store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
         row = cache + position * _row_columns(rank, rope) * size
-        for values, n in ((c_kv, rank), (k_pe, rope)):
-            for i in range(0, n - 15, 16):
-                if size == 4:
-                    store(row + size * i, load(f32x16, values + 4 * i))
-                else:
-                    store(row + size * i, to_bfloat(load(f32x16, values + 4 * i)))
-            for i in range(n & ~15, n):
-                if size == 4:
-                    store(row + size * i, load(types.float32, values + 4 * i))
-                else:
-                    store(row + size * i, to_bf16(load(types.float32, values + 4 * i)))
-            row += size * n
+        fmt.store_numbers(row, c_kv, rank)
+        fmt.store_numbers(row + size * rank, k_pe, rope)
 
     return store_latent
 

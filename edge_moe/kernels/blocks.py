@@ -33,6 +33,7 @@ from edge_moe.kernels.file_numbers import (
 )
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
+    Vector,
     convert,
     f32x16,
     hidden,
@@ -288,22 +289,34 @@ def _q5_1_codes(fmt, first, second):
 
 # ---- superblocks of 256
 
+
 # Of each superblock the 16 bytes of d and dmin, then three words a, b, c: 8 scales and 8 minimums of 6 bits, four of
 # each whole in a and in b, of the others the nibbles in c and the upper bits above those in a and b.
-_words_acbc = picker([i + w for i in (0, 16) for w in (*range(4, 8), *range(12, 16), *range(8, 12), *range(12, 16))])
-_words_aabb = picker([i + w for i in (0, 16) for w in (*range(4, 8), *range(4, 8), *range(8, 12), *range(8, 12))])
-_own_shift, _own_bits = shifter((0, 0, 0, 4) * 2), masker((63, 15, 63, 15) * 2)
-_upper_bits = masker((0, 0x30, 0, 0x30) * 2)
+def scales_of_6_bits(n: int) -> Any:
+    """Make an operation on these 16 bytes of n superblocks, u8x16n: for each 8 scales, then 8 minimums."""
+    starts, words, octets = range(0, 16 * n, 16), Vector(types.uint32, 4 * n), Vector(types.uint8, 16 * n)
+    words_acbc = picker([i + w for i in starts for w in (*range(4, 8), *range(12, 16), *range(8, 16))])
+    words_aabb = picker([i + w for i in starts for w in (*range(4, 8), *range(4, 12), *range(8, 12))])
+    own_shift, own_bits = shifter((0, 0, 0, 4) * n), masker((63, 15, 63, 15) * n)
+    upper_bits = masker((0, 0x30, 0, 0x30) * n)
+
+    @inline_kernel
+    def scales(raw):
+        own = own_bits(view(octets, own_shift(view(words, words_acbc(raw)))))
+        return own | upper_bits(view(octets, view(words, words_aabb(raw)) >> types.uint32(2)))
+
+    return scales
+
+
+_scales_of_two = scales_of_6_bits(2)
 _first_8s_twice = picker([16 * i + j // 2 for i in range(2) for j in range(16)])
 _second_8s_twice = picker([16 * i + 8 + j // 2 for i in range(2) for j in range(16)])
 
 
 @method("scales_of_two", Q4_K, Q5_K)
 def _q4_k_scales(fmt, a, b):
-    raw = join(load(u8x16, a), load(u8x16, b))
-    own = _own_bits(view(u8x32, _own_shift(view(u32x8, _words_acbc(raw)))))
-    upper = _upper_bits(view(u8x32, view(u32x8, _words_aabb(raw)) >> types.uint32(2)))
-    both = hidden(convert(i16x32, own | upper))  # LLVM would widen what is picked once more for each pick
+    scales = _scales_of_two(join(load(u8x16, a), load(u8x16, b)))
+    both = hidden(convert(i16x32, scales))  # LLVM would widen what is picked once more for each pick
     return _first_8s_twice(both), _second_8s_twice(both)
 
 

@@ -1,6 +1,5 @@
 """Integer dot products of codes with int8 activations: 64 of each give sums of four neighbours in 16 int32 lanes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -12,6 +11,7 @@ from edge_moe.kernels.simd import (
     call,
     i8x64,
     i32x16,
+    in_registers,
     llvm_type,
     rearrange,
     suffix,
@@ -31,25 +31,6 @@ SIGN_BIAS = 128 if TARGET.exact_u8 else 0
 BYTE, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
-# ---- pieces of 64 bytes, in registers of the target's size
-
-
-def _in_registers(builder: ir.IRBuilder, args: Sequence[ir.Value], function: Any) -> ir.Value:
-    """Apply a function of register-sized vectors to larger ones."""
-    lanes = TARGET.register_bytes * 8 // args[0].type.element.width
-    n = args[0].type.count // lanes
-    if n <= 1:
-        return function(*args)
-    parts = []
-    for i in range(n):
-        pieces = [(a, a.type.count // n) for a in args]
-        parts.append(function(*(rearrange(builder, a, range(i * size, (i + 1) * size)) for a, size in pieces)))
-    while len(parts) > 1:
-        both = range(2 * parts[0].type.count)
-        parts = [rearrange(builder, a, both, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def _pair_sums_16(builder: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Value:
     """u8 x i8 products, neighbours added in 16 bits."""
     name = {16: "ssse3.pmadd.ub.sw.128", 32: "avx2.pmadd.ub.sw", 64: "avx512.pmaddubs.w.512"}[TARGET.register_bytes]
@@ -57,7 +38,7 @@ def _pair_sums_16(builder: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> ir.Val
     def one(u: ir.Value, s: ir.Value) -> ir.Value:
         return call(builder, f"llvm.x86.{name}", ir.VectorType(I16, u.type.count // 2), [u, s])
 
-    return _in_registers(builder, [codes, x], one)
+    return in_registers(builder, [codes, x], one)
 
 
 def pair_sums_32(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -71,7 +52,7 @@ def pair_sums_32(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
         wide = ir.VectorType(I32, u.type.count)
         return _fold_pairs(builder, builder.mul(builder.sext(u, wide), builder.sext(v, wide)))
 
-    return _in_registers(builder, [a, b], one)
+    return in_registers(builder, [a, b], one)
 
 
 def add_pair_sums_32(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -83,7 +64,7 @@ def add_pair_sums_32(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.
         as_words = ir.VectorType(I32, u.type.count // 2)
         return call(builder, _PAIR_DOT, t.type, [t, builder.bitcast(u, as_words), builder.bitcast(v, as_words)])
 
-    return _in_registers(builder, [total, a, b], one)
+    return in_registers(builder, [total, a, b], one)
 
 
 def _fold_pairs(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
@@ -102,7 +83,7 @@ def _with_signs(builder: ir.IRBuilder, codes: ir.Value, x: ir.Value) -> tuple[ir
         zero = ir.Constant(w.type, [0] * w.type.count)
         return builder.select(builder.icmp_signed("<", w, zero), builder.sub(zero, s), s)
 
-    return magnitude, _in_registers(builder, [x, codes], one)
+    return magnitude, in_registers(builder, [x, codes], one)
 
 
 def _add_dot(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
@@ -121,7 +102,7 @@ def _add_dot(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Valu
     def one(t: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
         return call(builder, name, t.type, [t, u, s])
 
-    return _in_registers(builder, [total, codes, x], one)
+    return in_registers(builder, [total, codes, x], one)
 
 
 class GroupDot:
@@ -225,7 +206,7 @@ def packed_sums(typingctx: Any, a: Any, b: Any) -> Any:
             order = [2 * (i + j) + 2 * n * w for i in range(0, n, 4) for w in (0, 1) for j in range(4)]
             return rearrange(builder, halves[0], order, halves[1])
 
-        return _in_registers(builder, list(args), one)
+        return in_registers(builder, list(args), one)
 
     return Vector(types.int16, 32)(a, b), codegen
 

@@ -14,6 +14,7 @@ from edge_moe.kernels.simd import (
     call,
     constant,
     hidden,
+    in_registers,
     llvm_type,
     load,
     load_at,
@@ -118,36 +119,35 @@ def table_lookup(table: Sequence[int]) -> Any:
     @intrinsic
     def lookup(typingctx: Any, indices: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            byte = ir.IntType(8)
-            width = {"avx512": 64, "avx2": 32}.get(TARGET.shuffle, 16)
-            part_type = ir.VectorType(byte, width)
-            entries = ir.Constant(part_type, [v & 255 for v in table] * (width // 16))
             name = {
                 "avx512": "llvm.x86.avx512.pshuf.b.512",
                 "avx2": "llvm.x86.avx2.pshuf.b",
                 "ssse3": "llvm.x86.ssse3.pshuf.b.128",
                 "neon": "llvm.aarch64.neon.tbl1.v16i8",
             }.get(TARGET.shuffle)
-            parts = []
-            for start in range(0, indices.lanes, width):
-                part = rearrange(builder, args[0], range(start, start + width))
+
+            def one(part: ir.Value) -> ir.Value:
+                n = part.type.count
                 if name is not None:
-                    parts.append(call(builder, name, part_type, [entries, part]))
-                    continue
-                found = ir.Constant(part_type, [table[0] & 255] * width)
+                    entries = ir.Constant(part.type, [v & 255 for v in table] * (n // 16))
+                    return call(builder, name, part.type, [entries, part])
+                found = ir.Constant(part.type, [table[0] & 255] * n)
                 for i, entry in enumerate(table[1:], 1):
-                    hit = builder.icmp_unsigned("==", part, ir.Constant(part_type, [i] * width))
-                    found = builder.select(hit, ir.Constant(part_type, [entry & 255] * width), found)
-                parts.append(found)
-            while len(parts) > 1:
-                both = 2 * parts[0].type.count
-                pairs = zip(parts[::2], parts[1::2], strict=True)
-                parts = [rearrange(builder, a, range(both), b) for a, b in pairs]
-            return parts[0]
+                    hit = builder.icmp_unsigned("==", part, ir.Constant(part.type, [i] * n))
+                    found = builder.select(hit, ir.Constant(part.type, [entry & 255] * n), found)
+                return found
+
+            return in_registers(builder, args, one)
 
         return Vector(types.int8, indices.lanes)(indices), codegen
 
     return lookup
+
+
+def _own_bit_is_set(builder: ir.IRBuilder, octets: ir.Value) -> ir.Value:
+    """Of 64 bytes in lanes i whether bit i % 8 is set."""
+    own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
+    return builder.icmp_unsigned("==", builder.and_(octets, own_bit), own_bit)
 
 
 @intrinsic
@@ -165,9 +165,7 @@ def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) ->
         words = rearrange(builder, spread(builder, first, 8), range(16), spread(builder, second, 8))
         octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
         own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
-        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
-        is_set = builder.icmp_unsigned("==", builder.and_(own_octet, own_bit), own_bit)
-        return builder.or_(codes, builder.select(is_set, byte, constant(u8x64, 0)))
+        return builder.or_(codes, builder.select(_own_bit_is_set(builder, own_octet), byte, constant(u8x64, 0)))
 
     return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
 
@@ -178,10 +176,8 @@ def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         codes, octets, value = args
-        own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
-        is_set = builder.icmp_unsigned("!=", builder.and_(octets, own_bit), constant(u8x64, 0))
         byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
-        return builder.select(is_set, builder.add(codes, byte), codes)
+        return builder.select(_own_bit_is_set(builder, octets), builder.add(codes, byte), codes)
 
     return u8x64(u8x64, u8x64, types.int64), codegen
 

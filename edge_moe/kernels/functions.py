@@ -1,9 +1,9 @@
-"""Functions of vectors that take several operations."""
+"""Functions of vectors and numbers that take several operations."""
 
 from numba import types
 
 from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import convert, f32x16, fma, i32x16, larger, rounded, splat, view
+from edge_moe.kernels.simd import convert, f32x16, fma, i32x16, larger, load, rounded, splat, view
 
 
 @inline_kernel
@@ -25,3 +25,15 @@ def exp2(x):
     power = fma(power, f, splat(f32x16, types.float32(1.0)))
     exponent = (convert(i32x16, whole) + types.int32(127)) << types.int32(23)
     return power * view(f32x16, exponent)
+
+
+@inline_kernel
+def inverse_of(step):
+    """1 / step of a scale, 0 of one of 0."""
+    return types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
+
+
+@inline_kernel
+def codes_of(values, inverse):
+    """16 floats at an address, over a scale, as whole numbers i32x16."""
+    return convert(i32x16, rounded(load(f32x16, values) * inverse))

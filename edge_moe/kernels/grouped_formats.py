@@ -9,9 +9,10 @@ import numpy as np
 from numba import types
 from numba.extending import models, overload_method, register_model
 
-from edge_moe.kernels.attention_tiles import to_bfloat
+from edge_moe.kernels import attention_rows  # noqa: F401 (how its formats store floats)
 from edge_moe.kernels.blocks import TAGS, FloatFormat, FormatTag
 from edge_moe.kernels.elementwise import to_bf16
+from edge_moe.kernels.functions import codes_of, inverse_of
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     absolute,
@@ -22,7 +23,6 @@ from edge_moe.kernels.simd import (
     larger,
     load,
     reduce_max,
-    rounded,
     splat,
     store,
 )
@@ -87,20 +87,9 @@ def _store_float_key(fmt, place, scale, values, dim):
 
 @overload_method(FloatFormat, "store_value")
 def _store_float_value(fmt, place, scale, values, dim):
-    size = fmt.block_bytes
-
     def store_value(fmt, place, scale, values, dim):
         """Keep a value, dim floats at an address, as a row; its scale goes to another address."""
-        for i in range(0, dim - 15, 16):
-            if size == 4:
-                store(place + size * i, load(f32x16, values + 4 * i))
-            else:
-                store(place + size * i, to_bfloat(load(f32x16, values + 4 * i)))
-        for i in range(dim & ~15, dim):
-            if size == 4:
-                store(place + size * i, load(types.float32, values + 4 * i))
-            else:
-                store(place + size * i, to_bf16(load(types.float32, values + 4 * i)))
+        fmt.store_numbers(place, values, dim)
 
     return store_value
 
@@ -124,7 +113,7 @@ def _scale_of(values, dim):
 def _store_code_key(fmt, place, scale, values, dim):
     def store_key(fmt, place, scale, values, dim):
         step = _scale_of(values, dim)
-        inverse = types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
+        inverse = inverse_of(step)
         for i in range(dim):
             store(place + BLOCK * i, types.int8(np.rint(load(types.float32, values + 4 * i) * inverse)))
         store(scale, step)
@@ -136,10 +125,9 @@ def _store_code_key(fmt, place, scale, values, dim):
 def _store_code_value(fmt, place, scale, values, dim):
     def store_value(fmt, place, scale, values, dim):
         step = _scale_of(values, dim)
-        inverse = types.float32(1.0) / step if step > types.float32(0.0) else types.float32(0.0)
+        inverse = inverse_of(step)
         for i in range(0, dim - 15, 16):
-            codes = convert(i32x16, rounded(load(f32x16, values + 4 * i) * inverse))
-            store(place + i, convert(i8x16, codes))
+            store(place + i, convert(i8x16, codes_of(values + 4 * i, inverse)))
         for i in range(dim & ~15, dim):
             store(place + i, types.int8(np.rint(load(types.float32, values + 4 * i) * inverse)))
         store(scale, step)

@@ -39,7 +39,7 @@ u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
-u16x8, u32x4, u16x64 = Vector(types.uint16, 8), Vector(types.uint32, 4), Vector(types.uint16, 64)
+u16x64, u16x8 = Vector(types.uint16, 64), Vector(types.uint16, 8)
 u16x4, i16x4 = Vector(types.uint16, 4), Vector(types.int16, 4)
 f32x2, f32x4 = Vector(types.float32, 2), Vector(types.float32, 4)
 
@@ -99,6 +99,22 @@ def store_at(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, offset: 
     if offset:
         address = builder.add(address, ir.Constant(address.type, offset))
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+def in_registers(builder: ir.IRBuilder, args: Sequence[ir.Value], function: Any) -> ir.Value:
+    """Apply a function of register-sized vectors to larger ones."""
+    lanes = TARGET.register_bytes * 8 // args[0].type.element.width
+    n = args[0].type.count // lanes
+    if n <= 1:
+        return function(*args)
+    parts = []
+    for i in range(n):
+        pieces = [(a, a.type.count // n) for a in args]
+        parts.append(function(*(rearrange(builder, a, range(i * size, (i + 1) * size)) for a, size in pieces)))
+    while len(parts) > 1:
+        both = range(2 * parts[0].type.count)
+        parts = [rearrange(builder, a, both, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 # ---- memory
@@ -395,21 +411,6 @@ def reduce_add(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def largest_lane(typingctx: Any, value: Any) -> Any:
-    """The largest of all lanes of floats, none of which is NaN."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        v, lanes = args[0], value.lanes
-        while lanes > 1:
-            lanes //= 2
-            low, high = (rearrange(builder, v, range(n, n + lanes)) for n in (0, lanes))
-            v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
-        return builder.extract_element(v, ir.Constant(INT32, 0))
-
-    return value.element(value), codegen
-
-
-@intrinsic
 def where_positive(typingctx: Any, value: Any, yes: Any, no: Any) -> Any:
     """The lanes of `yes` where a float is larger than zero, those of `no` elsewhere."""
 
@@ -422,10 +423,15 @@ def where_positive(typingctx: Any, value: Any, yes: Any, no: Any) -> Any:
 
 @intrinsic
 def reduce_max(typingctx: Any, value: Any) -> Any:
-    """The largest of all lanes of floats."""
+    """The largest of all lanes of floats, none of which is NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return call(builder, f"llvm.vector.reduce.fmax.{suffix(llvm_type(value))}", llvm_type(value.element), args)
+        v, lanes = args[0], value.lanes
+        while lanes > 1:
+            lanes //= 2
+            low, high = (rearrange(builder, v, range(n, n + lanes)) for n in (0, lanes))
+            v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(v, ir.Constant(INT32, 0))
 
     return value.element(value), codegen
 

@@ -45,7 +45,7 @@ class Target:
     register_bytes: int
     registers: int
     is_x86: bool = True
-    has_vbmi: bool = False  # one that picks bytes from all of two registers
+    has_vbmi: bool = False  # an instruction that picks bytes from all of two registers
 
     @property
     def exact_u8(self) -> bool:

@@ -3,7 +3,15 @@
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.blocks import BlockFormat, SuperblockFormat, iq4_value, low_high_twice, nibbles_of, twice
+from edge_moe.kernels.blocks import (
+    BlockFormat,
+    SuperblockFormat,
+    iq4_value,
+    low_high_twice,
+    nibbles_of,
+    scales_of_6_bits,
+    twice,
+)
 from edge_moe.kernels.dots import stored_sign
 from edge_moe.kernels.file_numbers import add_set_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
@@ -15,9 +23,7 @@ from edge_moe.kernels.simd import (
     join,
     load,
     low_half,
-    masker,
     picker,
-    shifter,
     u8x16,
     u8x64,
     u16x8,
@@ -57,11 +63,7 @@ def _codes_of_four(fmt, block):
 
 # ---- superblocks of eight groups of 32: Q4_K and Q5_K
 
-# As `scales_of_two` in blocks.py has them, of four superblocks.
-_words_acbc = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(12, 16), *range(8, 16))])
-_words_aabb = picker([i + w for i in range(0, 64, 16) for w in (*range(4, 8), *range(4, 12), *range(8, 12))])
-_own_shift, _own_bits = shifter((0, 0, 0, 4) * 4), masker((63, 15, 63, 15) * 4)
-_upper_bits = masker((0, 0x30, 0, 0x30) * 4)
+_scales_of_6_bits = scales_of_6_bits(4)
 _first_words, _each_twice = picker([0, 4, 8, 12]), picker([0, 0, 1, 1, 2, 2, 3, 3])
 _fifth_bits = bit_field((0, 2), 16)
 
@@ -79,10 +81,7 @@ def _scales_of_four(fmt, block):
 
     def scales_of_four(fmt, block):
         """Of two superblocks and of the next two, i16x32: for each 8 scales, then 8 minimums."""
-        raw = _four_times_16(block, size)
-        own = _own_bits(view(u8x64, _own_shift(view(u32x16, _words_acbc(raw)))))
-        upper = _upper_bits(view(u8x64, view(u32x16, _words_aabb(raw)) >> types.uint32(2)))
-        both = hidden(own | upper)
+        both = hidden(_scales_of_6_bits(_four_times_16(block, size)))
         return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
 
     return scales_of_four
