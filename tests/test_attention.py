@@ -266,6 +266,19 @@ def test_thread_count_changes_nothing(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("n", [513, 1400, 4096, 4800])
+def test_parts_of_a_long_context(kind, n):
+    """Parts are joined two by two, in the same order whoever does it; some have no neighbour to be joined with."""
+    tokens = random_tokens(np.random.default_rng(n), n, 9, 24, 4)
+    results = []
+    for n_threads in (1, 2):
+        cache = LatentCache(config(24, 4), n, kind)
+        results.append(attend(cache, tokens, [n - 6, 1, 4, 1], 0.1, n_threads=n_threads)[-6:])
+    np.testing.assert_array_equal(*results)
+    assert_near(results[0], slow_attention(kind, tokens, n - 6, 0.1), kind)
+
+
+@every_kind
 def test_truncated_cache_is_as_a_new_one(kind):
     rng = np.random.default_rng(5)
     first, second = (random_tokens(rng, 90, 3, 140, 8) for _ in range(2))

@@ -1,8 +1,8 @@
 """Attention of a few tokens to the latent cache, in absorbed form: the latent is both key and value.
 
-Three steps on plans (see launch.py): `prepare_units` stores the new latents and brings the queries into the form that
-is multiplied, `attend_units` gives each part of the context a partial softmax, `merge_units` joins the parts. Their
-plans stay valid from token to token: the number of tokens that the cache holds is read by its address.
+Two steps on plans (see launch.py): `prepare_units` stores the new latents and brings the queries into the form that
+is multiplied, `attend_units` gives each part of the context a partial softmax and joins the parts. Their plans stay
+valid from token to token: the number of tokens that the cache holds is read by its address.
 
 Heads are taken HEADS at a time, a tile, which share each load of the cache. Scores are in powers of 2, so that the
 scale of the softmax holds a factor log2(e). Every sum has an order that depends on positions alone, so that results do
@@ -19,7 +19,7 @@ from numba import get_num_threads, types
 
 from edge_moe.errors import ShapeError
 from edge_moe.kernels import attention_codes, attention_nibbles, attention_rows
-from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM
+from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, JOINED, LARGEST, SUM
 from edge_moe.kernels.attention_tiles import HEADS
 from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.functions import exp2
@@ -87,6 +87,12 @@ def _n_parts(plan, n_tokens):
     return (length + n_tokens - 1) // part_tokens + 1
 
 
+@inline_kernel
+def _partial(plan, t, part, n_parts, tile):
+    """Where the partial result of a tile of a token's heads is, of one of n_parts parts of the context."""
+    return _field(plan, PARTS) + ((t * n_parts + part) * _n_tiles(plan) + tile) * _field(plan, PART_BYTES)
+
+
 @kernel
 def prepare_units(fmt, plan):
     """Store a token's latent and rope key in the cache, or make a tile of queries, as long as the plan has some."""
@@ -103,7 +109,9 @@ def prepare_units(fmt, plan):
             fmt.store_latent(_field(plan, CACHE), position, c_kv, k_pe, rank, rope)
         else:
             i = unit - n_tokens
-            t, head = i // n_tiles, i % n_tiles * HEADS
+            t, head, n_parts = i // n_tiles, i % n_tiles * HEADS, _n_parts(plan, n_tokens)
+            for part in range(n_parts):
+                store(_partial(plan, t, part, n_parts, i % n_tiles) + JOINED, 0)
             tile = _field(plan, QUERIES) + i * _field(plan, QUERY_BYTES)
             latent_head, pe_head = _field(plan, Q_LATENT_HEAD), _field(plan, Q_PE_HEAD)
             q_latent = _field(plan, Q_LATENT) + t * _field(plan, Q_LATENT_STRIDE) + head * latent_head
@@ -126,54 +134,79 @@ def attend_units(fmt, plan):
     # Of a long context a thread takes all tiles of a part: what one has read lies in its own cache for the others.
     tiles_at_once = n_tiles if n_parts >= LONG_PARTS else 1
     n_runs, shares = n_tokens * n_parts * n_tiles // tiles_at_once, _field(plan, SHARES)
-    while True:
-        unit = fetch_add(plan, 1)
-        run, stop = first_of_unit(unit, n_runs, shares, 1), first_of_unit(unit + 1, n_runs, shares, 1)
-        if run >= n_runs:
-            return memory.size  # the memory must live until here
-        for start in range(run * tiles_at_once, min(stop, n_runs) * tiles_at_once, tiles_at_once):
+    unit = fetch_add(plan, 1)
+    run = first_of_unit(unit, n_runs, shares, 1)
+    while run < n_runs:
+        stop, following = min(first_of_unit(unit + 1, n_runs, shares, 1), n_runs), -1
+        for start in range(run * tiles_at_once, stop * tiles_at_once, tiles_at_once):
             i, first_tile = start // n_tiles, start % n_tiles
-            t, begin = i // n_parts, i % n_parts * part_tokens
-            end = min(begin + part_tokens, length + t + 1)
-            for each in range(start, start + tiles_at_once):
-                partial = _field(plan, PARTS) + each * _field(plan, PART_BYTES)
+            t, part = i // n_parts, i % n_parts
+            begin, end = part * part_tokens, min((part + 1) * part_tokens, length + t + 1)
+            if begin >= end:
+                continue  # an earlier token does not see this part
+            for tile in range(first_tile, first_tile + tiles_at_once):
+                partial = _partial(plan, t, part, n_parts, tile)
                 store(partial + LARGEST, splat(f32x16, types.float32(-np.inf)))
-                for place in range(partial + SUM, partial + _field(plan, PART_BYTES), 64):
+                store(partial + SUM, splat(f32x16, types.float32(0.0)))
+                for place in range(partial + CONTEXT, partial + _field(plan, PART_BYTES), 64):
                     store(place, splat(f32x16, types.float32(0.0)))
             for first in range(begin, end, CHUNK_TOKENS):
-                n = min(CHUNK_TOKENS, end - first)
-                for k in range(tiles_at_once):
-                    query = _field(plan, QUERIES) + (t * n_tiles + first_tile + k) * _field(plan, QUERY_BYTES)
-                    partial = _field(plan, PARTS) + (start + k) * _field(plan, PART_BYTES)
-                    fmt.attend_chunk(_field(plan, CACHE), first, n, query, partial, rank, rope, scratch)
+                # which tokens come next, to be fetched meanwhile
+                n, then = min(CHUNK_TOKENS, end - first), first + CHUNK_TOKENS
+                if then >= end:
+                    after = start + tiles_at_once
+                    if after >= stop * tiles_at_once:  # the next unit is taken as early as that
+                        unit = fetch_add(plan, 1)
+                        following = first_of_unit(unit, n_runs, shares, 1)
+                        after = following * tiles_at_once
+                    then = after // n_tiles % n_parts * part_tokens if after < n_runs * tiles_at_once else first
+                for tile in range(first_tile, first_tile + tiles_at_once):
+                    query = _field(plan, QUERIES) + (t * n_tiles + tile) * _field(plan, QUERY_BYTES)
+                    partial = _partial(plan, t, part, n_parts, tile)
+                    fmt.attend_chunk(_field(plan, CACHE), first, n, then, query, partial, rank, rope, scratch)
+            for tile in range(first_tile, first_tile + tiles_at_once):
+                _join_parts(fmt, plan, t, part, n_parts, tile, scratch)
+        if following < 0:
+            unit = fetch_add(plan, 1)
+            following = first_of_unit(unit, n_runs, shares, 1)
+        run = following
+    return memory.size  # the memory must live until here
 
 
-@kernel
-def merge_units(fmt, plan):
-    """Join the parts of one tile of heads of one token, in order, as long as the plan has some."""
-    n_tokens, n_heads, n_tiles, rank = _field(plan, N_TOKENS), _field(plan, N_HEADS), _n_tiles(plan), _field(plan, RANK)
-    n_parts, next_part = _n_parts(plan, n_tokens), n_tiles * _field(plan, PART_BYTES)
-    memory = np.empty(64 * n_parts + 16 * HEADS + 64, np.uint8)
-    weights = (address_of(memory) + 63) & ~63
-    while True:
-        unit = fetch_add(plan, 1)
-        if unit >= n_tokens * n_tiles:
-            return memory.size  # the memory must live until here
-        t, tile = unit // n_tiles, unit % n_tiles
-        n = _n_parts(plan, t + 1)
-        first = _field(plan, PARTS) + (t * n_parts * n_tiles + tile) * _field(plan, PART_BYTES)
-        top, total = splat(f32x16, types.float32(-np.inf)), splat(f32x16, types.float32(0.0))
-        for c in range(n):
-            top = larger(load(f32x16, first + c * next_part + LARGEST), top)
-        for c in range(n):
-            weight = exp2(load(f32x16, first + c * next_part + LARGEST) - top)
-            store(weights + 64 * c, weight)
-            total = fma(weight, load(f32x16, first + c * next_part + SUM), total)
-        for c in range(n):
-            store(weights + 64 * c, load(f32x16, weights + 64 * c) / total)
-        head, out_head = tile * HEADS, _field(plan, OUT_HEAD)
-        out = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * out_head
-        fmt.join_contexts(first, next_part, n, weights, rank, min(HEADS, n_heads - head), out, out_head)
+@inline_kernel
+def _join_parts(fmt, plan, t, part, n_parts, tile, scratch):
+    """Join a part that is done with its neighbour if that is done too, then pairs, and so on; the last writes all out.
+
+    Who joins two is who was later with his. Most often he did both, and they lie in his own cache. What is joined with
+    what, and in which order, depends on positions alone.
+    """
+    rank, n, size = _field(plan, RANK), _n_parts(plan, t + 1), 1
+    while size < n:
+        part = part // (2 * size) * (2 * size)
+        if part + size < n:
+            left, right = _partial(plan, t, part, n_parts, tile), _partial(plan, t, part + size, n_parts, tile)
+            if fetch_add(right + JOINED, 1) == 0:
+                return
+            _join(fmt, left, right, rank, scratch)
+        size *= 2
+    partial = _partial(plan, t, 0, n_parts, tile)
+    store(scratch, splat(f32x16, types.float32(1.0)) / load(f32x16, partial + SUM))
+    head, out_head = tile * HEADS, _field(plan, OUT_HEAD)
+    out, n_heads = _field(plan, OUT) + t * _field(plan, OUT_STRIDE) + head * out_head, _field(plan, N_HEADS)
+    fmt.write_contexts(partial + CONTEXT, scratch, rank, min(HEADS, n_heads - head), out, out_head)
+
+
+@inline_kernel
+def _join(fmt, left, right, rank, scratch):
+    """Join the partial results of two parts, in place of the left one's."""
+    before, behind = load(f32x16, left + LARGEST), load(f32x16, right + LARGEST)
+    top = larger(before, behind)
+    old, new = exp2(before - top), exp2(behind - top)
+    store(left + LARGEST, top)
+    store(left + SUM, fma(load(f32x16, left + SUM), old, load(f32x16, right + SUM) * new))
+    store(scratch, old)
+    store(scratch + 64, new)
+    fmt.join_contexts(left + CONTEXT, right + CONTEXT, scratch, rank, scratch + 128)
 
 
 # ---- Python side
@@ -269,5 +302,4 @@ def attention_steps(
     return [
         Step(prepare_units, fmt, plan, n_tokens * (1 + n_tiles), 4 * numbers),
         Step(attend_units, fmt, plan.copy(), n_tokens * n_tiles * n_parts, 2 * context_length * numbers),
-        Step(merge_units, fmt, plan.copy(), n_tokens * n_tiles, n_parts * numbers),
     ]

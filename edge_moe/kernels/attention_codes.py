@@ -20,6 +20,7 @@ from edge_moe.kernels.attention_tiles import (
     PAIRS,
     QUERY_BYTES,
     first_tile,
+    pair_add_rope_scores,
     pair_add_scores,
     pair_add_values,
     pair_of,
@@ -37,7 +38,7 @@ from edge_moe.kernels.attention_tiles import (
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
 from edge_moe.kernels.functions import codes_of, exp2, inverse_of
-from edge_moe.kernels.jit import both_sides, inline_kernel
+from edge_moe.kernels.jit import both_sides, inline_kernel, inlined_kernel
 from edge_moe.kernels.simd import (
     absolute,
     convert,
@@ -266,7 +267,7 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
 # ---- one chunk
 
 
-@inline_kernel
+@inlined_kernel
 def add_rope_scores(total, keys, scales, query, rope_queries, rope):
     """total f32 tile + products of 16 tokens' rope keys at an address, times their scales, with the heads' queries."""
     sums = tile_zero(i32x16)
@@ -275,7 +276,7 @@ def add_rope_scores(total, keys, scales, query, rope_queries, rope):
     return tile_add_scaled(total, sums, load(f32x16, scales), query, rope_queries + 4 * rope_pairs(rope))
 
 
-@inline_kernel
+@inlined_kernel
 def _score_products(sums, first, second, query, offset, quads):
     """Products of some quads of dims of one block of tokens, or of two, with a tile's queries."""
     for i in range(quads):
@@ -309,11 +310,18 @@ def _scores(block, n_blocks, query, rank, rope, out):
                 scale = load(f32x16, second + places + 64 * g)
                 other = tile_add_scaled(other, second_tile(sums), scale, query, query_scales + 4 * g)
         keys, scales = 64 * _quads(rank), places + 64 * _groups(rank)
-        total = add_rope_scores(total, first + keys, first + scales, query, rope_queries, rope)
-        tile_store(out + 64 * HEADS * b, total)
         if PAIRS:
-            other = add_rope_scores(other, second + keys, second + scales, query, rope_queries, rope)
+            sums = pair_of(tile_zero(i32x16))
+            for i in range(rope_pairs(rope)):
+                a, c = first + keys + 64 * i, second + keys + 64 * i
+                sums = pair_add_rope_scores(sums, a, c, query, rope_queries + 4 * i)
+            rope_scales = rope_queries + 4 * rope_pairs(rope)
+            total = tile_add_scaled(total, first_tile(sums), load(f32x16, first + scales), query, rope_scales)
+            other = tile_add_scaled(other, second_tile(sums), load(f32x16, second + scales), query, rope_scales)
             tile_store(out + 64 * HEADS * (b + 1), other)
+        else:
+            total = add_rope_scores(total, first + keys, first + scales, query, rope_queries, rope)
+        tile_store(out + 64 * HEADS * b, total)
 
 
 @inline_kernel
@@ -326,23 +334,32 @@ def hide_behind(scores, n, n_blocks):
 
 
 @inline_kernel
+def _weigh(place, top):
+    """A score's weight 2**(score - top), of 16 at an address, where it also takes their place."""
+    weight = exp2(load(f32x16, place) - top)
+    store(place, weight)
+    return weight
+
+
+@inline_kernel
 def softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums):
     """scores -> 2**(score - largest), in place."""
     store(largest, splat(f32x16, types.float32(0.0)))
     store(sums, splat(f32x16, types.float32(0.0)))
-    for h in range(HEADS):
-        tops = splat(f32x16, types.float32(-np.inf))
-        for b in range(n_blocks):
-            tops = larger(load(f32x16, scores + 64 * (HEADS * b + h)), tops)
-        top = reduce_max(tops)
-        total = splat(f32x16, types.float32(0.0))
-        for b in range(n_blocks):
-            place = scores + 64 * (HEADS * b + h)
-            weight = exp2(load(f32x16, place) - top)
-            store(place, weight)
-            total = total + weight
-        store(largest + 4 * h, top)
-        store(sums + 4 * h, reduce_add(total))
+    for h in range(0, HEADS, 4):  # four at a time, as each by itself would wait for its own results
+        first, end = scores + 64 * h, scores + 64 * h + 64 * HEADS * n_blocks
+        a = b = c = d = splat(f32x16, types.float32(-np.inf))
+        for row in range(first, end, 64 * HEADS):
+            a, b = larger(load(f32x16, row), a), larger(load(f32x16, row + 64), b)
+            c, d = larger(load(f32x16, row + 128), c), larger(load(f32x16, row + 192), d)
+        top_a, top_b, top_c, top_d = reduce_max(a), reduce_max(b), reduce_max(c), reduce_max(d)
+        a = b = c = d = splat(f32x16, types.float32(0.0))
+        for row in range(first, end, 64 * HEADS):
+            a, b = a + _weigh(row, top_a), b + _weigh(row + 64, top_b)
+            c, d = c + _weigh(row + 128, top_c), d + _weigh(row + 192, top_d)
+        for i, top, total in ((0, top_a, a), (4, top_b, b), (8, top_c, c), (12, top_d, d)):
+            store(largest + 4 * h + i, top)
+            store(sums + 4 * h + i, reduce_add(total))
     join_chunk(partial, load(f32x16, largest), load(f32x16, sums), factors)
 
 
@@ -399,44 +416,49 @@ def add_values(codes, block_bytes, n_blocks, weights, ahead, context, by_quads):
 
 
 @inline_kernel
-def join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head):
-    """Contexts of n partial results, f32 [rank / 4][HEADS][4], times each part's weights f32 [n][16 heads] -> out.
+def join_quads(left, right, factors, rank, scratch):
+    """left = left times the first factors + right times the second: f32 [rank / 4][HEADS][4]; [2][16 heads]."""
+    store_by_quads(scratch, load(f32x16, factors))
+    store_by_quads(scratch + 16 * HEADS, load(f32x16, factors + 64))
+    for place in range(0, 16 * HEADS, 64):
+        old, new = load(f32x16, scratch + place), load(f32x16, scratch + 16 * HEADS + place)
+        for i in range(place, 16 * HEADS * _quads(rank), 16 * HEADS):
+            store(left + i, fma(load(f32x16, right + i), new, load(f32x16, left + i) * old))
 
-    The sums are made in place of the first part's.
-    """
-    context = partial + CONTEXT
-    quads = _quads(rank)
-    for c in range(n):
-        store_by_quads(weights + 64 * n, load(f32x16, weights + 64 * c))
-        for place in range(0, 16 * HEADS, 64):
-            factor = load(f32x16, weights + 64 * n + place)
-            for i in range(place, 16 * HEADS * quads, 16 * HEADS):
-                prefetch(context + c * next_part + i + 2048)  # often in another core's cache
-                value = load(f32x16, context + c * next_part + i) * factor
-                if c > 0:
-                    value = value + load(f32x16, context + i)
-                store(context + i, value)
+
+@inline_kernel
+def write_quads(contexts, factors, rank, n_heads, out, out_head):
+    """Each head's context times its factor -> f32[rank] at `out`, `out_head` bytes from one to the next."""
     for h in range(n_heads):
+        factor, context = load(types.float32, factors + 4 * h), contexts + 16 * h
         for i in range(0, rank & ~3, 4):
-            store(out + h * out_head + 4 * i, load(f32x4, context + 16 * (HEADS * (i // 4) + h)))
+            store(out + h * out_head + 4 * i, load(f32x4, context + 4 * HEADS * i) * factor)
         for i in range(rank & ~3, rank):
-            value = load(types.float32, context + 16 * (HEADS * (i // 4) + h) + 4 * (i % 4))
-            store(out + h * out_head + 4 * i, value)
+            value = load(types.float32, context + 4 * HEADS * (i & ~3) + 4 * (i % 4))
+            store(out + h * out_head + 4 * i, value * factor)
 
 
 @overload_method(CodeFormat, "join_contexts")
-def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-        join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head)
+def _join_contexts(fmt, left, right, factors, rank, scratch):
+    def join_contexts(fmt, left, right, factors, rank, scratch):
+        join_quads(left, right, factors, rank, scratch)
 
     return join_contexts
 
 
+@overload_method(CodeFormat, "write_contexts")
+def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+    def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+        write_quads(contexts, factors, rank, n_heads, out, out_head)
+
+    return write_contexts
+
+
 @overload_method(CodeFormat, "attend_chunk")
-def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     n_chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
 
-    def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+    def attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
         block_bytes = _block_bytes(rank, rope)
         block, n_blocks = cache + first // BLOCK_TOKENS * block_bytes, (n + BLOCK_TOKENS - 1) // BLOCK_TOKENS
         factors, largest, sums = scratch, scratch + 128, scratch + 192
@@ -448,6 +470,7 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
         softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
         new = load(f32x16, factors + 64)
         store_by_quads(by_quads, load(f32x16, factors))
+        ahead = (then - first) // BLOCK_TOKENS * block_bytes
         for g in range(_groups(rank)):
             scales = block + _scales(rank, rope) + 64 * g
             for b in range(n_blocks):
@@ -458,6 +481,6 @@ def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
             # of an odd number of quads the last has a neighbour that is none, and whose sums nobody reads
             for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank)), 2 if PAIRS else 1):
                 place, context = block + 64 * k, partial + CONTEXT + 16 * HEADS * k
-                add_values(place, block_bytes, n_blocks, weights, block_bytes * n_chunk_blocks, context, by_quads)
+                add_values(place, block_bytes, n_blocks, weights, ahead, context, by_quads)
 
     return attend_chunk

@@ -28,6 +28,7 @@ from edge_moe.kernels.attention_codes import (
     store_rope_key,
     store_rope_query,
     weigh_blocks,
+    write_quads,
 )
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT
 from edge_moe.kernels.attention_tiles import (
@@ -258,18 +259,26 @@ def _add_middles(scores, n_blocks, middles, context, rank, first, new, sums):
 
 
 @overload_method(NibbleFormat, "join_contexts")
-def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-        join_quads(partial, next_part, n, weights, rank, n_heads, out, out_head)
+def _join_contexts(fmt, left, right, factors, rank, scratch):
+    def join_contexts(fmt, left, right, factors, rank, scratch):
+        join_quads(left, right, factors, rank, scratch)
 
     return join_contexts
 
 
+@overload_method(NibbleFormat, "write_contexts")
+def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+    def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+        write_quads(contexts, factors, rank, n_heads, out, out_head)
+
+    return write_contexts
+
+
 @overload_method(NibbleFormat, "attend_chunk")
-def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     n_chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
 
-    def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+    def attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
         block_bytes = _block_bytes(rank, rope)
         block, n_blocks = cache + first // BLOCK_TOKENS * block_bytes, (n + BLOCK_TOKENS - 1) // BLOCK_TOKENS
         factors, largest, sums = scratch, scratch + 128, scratch + 192

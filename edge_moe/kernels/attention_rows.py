@@ -18,7 +18,8 @@ from edge_moe.kernels.tiles import tile_add_product, tile_zero
 
 # The most cached tokens attended at once: their scores stay in the first-level cache, their latents in the second.
 CHUNK_TOKENS = 256
-LARGEST, SUM, CONTEXT = 0, 64, 128  # places in a tile's partial result
+# Places in a tile's partial result; JOINED counts the sides of the pair of parts that it is the latter of.
+LARGEST, SUM, JOINED, CONTEXT = 0, 64, 128, 192
 
 _turn_8, _turn_4 = picker([(i + 8) % 16 for i in range(16)]), picker([(i + 4) % 16 for i in range(16)])
 
@@ -143,32 +144,37 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
 
 
 @overload_method(FloatFormat, "join_contexts")
-def _join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-    def join_contexts(fmt, partial, next_part, n, weights, rank, n_heads, out, out_head):
-        """Contexts of n partial results, f32 [HEADS][rank up to 16s], times each part's weights f32 [n][16] -> out.
-
-        The sums are made in place of the first part's.
-        """
-        for h in range(n_heads):
-            context = partial + CONTEXT + h * context_bytes(rank)
-            for c in range(n):
-                factor = splat(f32x16, load(types.float32, weights + 64 * c + 4 * h))
-                for i in range(0, 4 * rank, 64):
-                    value = load(f32x16, context + c * next_part + i) * factor
-                    if c > 0:
-                        value = value + load(f32x16, context + i)
-                    store(context + i, value)
-            for i in range(0, 4 * rank, 4):
-                store(out + h * out_head + i, load(types.float32, context + i))
+def _join_contexts(fmt, left, right, factors, rank, scratch):
+    def join_contexts(fmt, left, right, factors, rank, scratch):
+        """left = left times the first factors + right times the second: f32 [HEADS][rank up to 16s]; [2][16]."""
+        for h in range(HEADS):
+            old = splat(f32x16, load(types.float32, factors + 4 * h))
+            new = splat(f32x16, load(types.float32, factors + 64 + 4 * h))
+            for i in range(h * context_bytes(rank), (h + 1) * context_bytes(rank), 64):
+                store(left + i, fma(load(f32x16, right + i), new, load(f32x16, left + i) * old))
 
     return join_contexts
 
 
+@overload_method(FloatFormat, "write_contexts")
+def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+    def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
+        """Each head's context times its factor -> f32[rank] at `out`, `out_head` bytes from one to the next."""
+        for h in range(n_heads):
+            context, factor = contexts + h * context_bytes(rank), load(types.float32, factors + 4 * h)
+            for i in range(0, rank - 15, 16):
+                store(out + h * out_head + 4 * i, load(f32x16, context + 4 * i) * factor)
+            for i in range(rank & ~15, rank):
+                store(out + h * out_head + 4 * i, load(types.float32, context + 4 * i) * factor)
+
+    return write_contexts
+
+
 @overload_method(FloatFormat, "attend_chunk")
-def _attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     size = fmt.block_bytes
 
-    def attend_chunk(fmt, cache, first, n, query, partial, rank, rope, scratch):
+    def attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
         columns = _row_columns(rank, rope)
         rows, row_bytes = cache + first * columns * size, columns * size
         scores, factors = scratch + 128, scratch

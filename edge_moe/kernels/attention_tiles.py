@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_moe.kernels.dots import BYTE, I16, I32, SIGN_BIAS, VIA_16_BITS, GroupDot, pair_sums_32
+from edge_moe.kernels.dots import BYTE, I16, I32, SIGN_BIAS, VIA_16_BITS, GroupDot, add_pair_sums_32, pair_sums_32
 from edge_moe.kernels.simd import (
     Vector,
     call,
@@ -303,6 +303,22 @@ def pair_add_scores(typingctx: Any, total: Any, first: Any, second: Any, x: Any,
 
 
 @intrinsic
+def pair_add_rope_scores(typingctx: Any, total: Any, first: Any, second: Any, x: Any, offset: Any) -> Any:
+    """`tile_add_pairs` of two blocks of tokens, whose pairs are at two addresses."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, *keys, x, offset = args
+        sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
+        registers = [load_at(builder, address, ir.VectorType(I16, 32)) for address in keys]
+        for h, both in enumerate(numbers_at(builder, x, offset, 0, I32)):
+            for i, pairs in zip((h, HEADS + h), registers, strict=True):
+                sums[i] = add_pair_sums_32(builder, sums[i], pairs, builder.bitcast(both, pairs.type))
+        return pack_tile(builder, sums)
+
+    return total(total, *[types.int64] * 4), codegen
+
+
+@intrinsic
 def pair_add_values(typingctx: Any, total: Any, codes: Any, probabilities: Any, part: Any) -> Any:
     """`tile_add_values` of 4 dims and of the 4 behind them."""
 
@@ -386,11 +402,14 @@ def store_probabilities(typingctx: Any, address: Any, weights: Any) -> Any:
             return ir.Constant(w.type, [number] * 16)
 
         if BY_BYTES:
-            for i, part in enumerate(
-                (builder.lshr(w, const(LOW_BITS)), builder.and_(w, const((1 << LOW_BITS) - 1))),
-            ):
-                quads = builder.bitcast(builder.trunc(part, ir.VectorType(BYTE, 16)), ir.VectorType(I32, 4))
-                store_at(builder, address, rearrange(builder, quads, [j // 4 for j in range(16)]), 64 * HEADS * i)
+            for i in range(2):
+                part, byte = w, 1 - i
+                if LOW_BITS < 8:
+                    part = builder.and_(w, const((1 << LOW_BITS) - 1)) if i else builder.lshr(w, const(LOW_BITS))
+                    byte = 0
+                octets = builder.bitcast(part, ir.VectorType(BYTE, 64))
+                quads = rearrange(builder, octets, [16 * (j // 16) + 4 * (j % 4) + byte for j in range(64)])
+                store_at(builder, address, quads, 64 * HEADS * i)
         else:
             # 16 bits each: lanes 0 and 2 of every four become a pair, and lanes 1 and 3
             above = rearrange(builder, w, [4 * (j // 4) + (j + 2) % 4 for j in range(16)])

@@ -1,6 +1,6 @@
 """Grouped-query attention of a few tokens to a cache of keys and values, of which several query heads share each.
 
-Three steps on plans, as in attention.py: `prepare_units` stores the new keys and values and lays out the queries,
+Three steps on plans (attention.py has two): `prepare_units` stores the new keys and values and lays out the queries,
 `attend_units` gives each part of the context a partial softmax, `merge_units` joins the parts. grouped_formats.py
 says how the keys and values of a head lie in the cache.
 

@@ -59,6 +59,11 @@ def inline_kernel(function: F) -> F:
     return numba.njit(**FLAGS)(function)
 
 
+def inlined_kernel(function: F) -> F:
+    """An `inline_kernel` that its callers hold in machine code as well: a function takes and gives tiles by memory."""
+    return numba.njit(forceinline=True, **FLAGS)(function)
+
+
 def inlined_method(kind: Any, name: str) -> Callable[[F], F]:
     """Like numba's overload_method, for what is called for each row: a call would cost as much as a tenth of a row."""
     overload: Callable[..., Callable[[F], F]] = overload_method
