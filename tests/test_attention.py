@@ -118,7 +118,29 @@ def random_tokens(rng, n, n_heads, rank, rope):
             part = row[first : first + 128]
             step = np.abs(part).max() / 127
             part[np.abs(np.abs(part / step) % 1 - 0.5) < 1e-4] += np.float32(step * 1e-3)
+    for row in tokens[2]:
+        while is_undecided(row):
+            row += rng.standard_normal(rank).astype(np.float32) * np.float32(1e-3)
     return tokens
+
+
+def is_undecided(row):
+    """Whether one of the numbers that a latent is kept as, in 8 or in 4 bits, may be rounded either way."""
+    steps = np.array([np.ptp(row[i : i + 32]) / 15 for i in range(0, len(row), 32)], np.float64)
+    middles = np.array([row[i : i + 32].min() for i in range(0, len(row), 32)], np.float64) + 8 * steps
+    step_unit, middle_unit = steps.max() / 255 or 1, np.abs(middles).max() / 127 or 1
+    kept_steps, kept_middles = (
+        np.ceil(steps / step_unit - 1e-9) * step_unit,
+        np.rint(middles / middle_unit) * middle_unit,
+    )
+    ratios = [middles / middle_unit]
+    for g, i in enumerate(range(0, len(row), 32)):
+        if kept_steps[g]:
+            ratios.append((row[i : i + 32] - kept_middles[g]) / kept_steps[g])
+    ratios += [127 * row[i : i + 128] / (np.abs(row[i : i + 128]).max() or 1) for i in range(0, len(row), 128)]
+    between = np.abs(np.concatenate(ratios) % 1 - 0.5) < 1e-4
+    whole = np.abs(steps / step_unit - np.rint(steps / step_unit)) < 1e-4
+    return between.any() or (whole & (steps > 0) & (steps < steps.max())).any()
 
 
 def attend(cache, tokens, sizes, scale, layer=0, n_threads=1):
