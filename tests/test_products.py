@@ -39,7 +39,7 @@ def assert_close(found, x, weights):
 
 
 def columns(fmt):
-    return {1: (1, 40, 203, 576), 32: (32, 96, 128, 1408), 256: (256, 768, 1280, 2048)}[fmt.block_size]
+    return {1: (1, 40, 203, 576), 32: (32, 96, 128, 1408), 256: (256, 512, 768, 1280, 2048)}[fmt.block_size]
 
 
 @every_format
@@ -174,7 +174,9 @@ def test_units_run_through_small_matrices():
             assert_close(found[begin:end], x[begin:end], decoded(fmt, d))
 
 
-@pytest.mark.parametrize(("name", "n_cols"), [("F16", 768), ("Q5_0", 768), ("Q6_K", 768), ("Q4_K", 1280)])
+@pytest.mark.parametrize(
+    ("name", "n_cols"), [("F16", 768), ("Q5_0", 768), ("Q6_K", 768), ("Q4_K", 512), ("Q4_K", 1280)]
+)
 def test_thread_count_changes_nothing(name, n_cols):
     fmt, rng = BY_NAME[name], np.random.default_rng(6)
     data = random_rows(fmt, 701, n_cols, rng)
@@ -187,6 +189,19 @@ def test_thread_count_changes_nothing(name, n_cols):
             results.append(products.linear(x, [(fmt, data.ctypes.data, 701)])[0])
         numba.set_num_threads(threads)
         assert all((r == results[0]).all() for r in results)
+
+
+@pytest.mark.parametrize(("name", "n_cols"), [("Q5_0", 128), ("Q5_1", 128), ("Q4_K", 512), ("Q5_K", 512)])
+def test_a_row_as_among_others(name, n_cols):
+    """Rows taken two or four at a time give the same bits, however many there are and wherever one begins."""
+    fmt, rng = BY_NAME[name], np.random.default_rng(8)
+    data = random_rows(fmt, 8, n_cols, rng)
+    x = rng.standard_normal((1, n_cols)).astype(np.float32)
+    together = products.linear(x, [(fmt, data.ctypes.data, 8)])[0]
+    for begin in range(8):
+        for end in range(begin + 1, 9):
+            found = products.linear(x, [(fmt, data.ctypes.data + begin * data.nbytes // 8, end - begin)])[0]
+            assert (found == together[:, begin:end]).all()
 
 
 @every_format

@@ -28,6 +28,7 @@ from edge_moe.kernels.simd import (
     prefetch_once,
     splat,
     store,
+    u8x64,
 )
 from edge_moe.kernels.target import TARGET
 
@@ -110,21 +111,20 @@ _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 
 
 
 @inlined_method(BlockFormat, "add_four_blocks")
-def _add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums):
-    offset = fmt.offset
+def _add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums, start_01, start_23):
+    has_minimum = fmt.offset is None
 
-    def add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums):
-        """(f32x16, f32x4) plus a row's four blocks times 128 columns, whose scales and sums are f32x4."""
-        none = splat(i32x16, types.int32(0))
+    def add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums, start_01, start_23):
+        """(f32x16, f32x4) plus a row's four blocks times 128 columns, whose scales and sums are f32x4.
+
+        start_01, start_23: i32x16 that the products are added to.
+        """
         first, second, own, lowest = fmt.codes_of_four(block)
-        own = from_half(own)
-        factors = own * scales
-        total = fma(convert(f32x16, add_dot(none, first, x_01)), _first_two(factors), total)
-        total = fma(convert(f32x16, add_dot(none, second, x_23)), _last_two(factors), total)
-        if offset is None:
+        factors = from_half(own) * scales
+        total = fma(convert(f32x16, add_dot(start_01, first, x_01)), _first_two(factors), total)
+        total = fma(convert(f32x16, add_dot(start_23, second, x_23)), _last_two(factors), total)
+        if has_minimum:
             minimums = fma(from_half(lowest), sums, minimums)
-        elif offset:
-            minimums = fma(own, sums, minimums)
         return total, minimums
 
     return add_four_blocks
@@ -132,7 +132,7 @@ def _add_four_blocks(fmt, total, minimums, block, x_01, x_23, scales, sums):
 
 @inlined_method(BlockFormat, "wide_sums")
 def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
-    size, offset = fmt.block_bytes, types.float32(-fmt.offset if fmt.offset is not None else 1)
+    size, has_minimum, offset = fmt.block_bytes, fmt.offset is None, fmt.offset or 0
 
     def wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         """Up to four rows of a number of blocks that is a multiple of four: f32x4."""
@@ -141,17 +141,23 @@ def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         a, b, c, d = row, min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
         total_a = total_b = total_c = total_d = splat(f32x16, types.float32(0.0))
         low_a = low_b = low_c = low_d = splat(f32x4, types.float32(0.0))
+        none, offsets = splat(i32x16, types.int32(0)), splat(u8x64, types.uint8(offset))
         for i in range(0, n_cols // 32, 4):
             at = i * size
             for line in range(0, 16 * size, 64):
                 prefetch_once(ahead + 4 * at + line)
             x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
             s, m = load(f32x4, scales + 4 * i), load(f32x4, sums + 4 * i)
-            total_a, low_a = fmt.add_four_blocks(total_a, low_a, a + at, x_01, x_23, s, m)
-            total_b, low_b = fmt.add_four_blocks(total_b, low_b, b + at, x_01, x_23, s, m)
-            total_c, low_c = fmt.add_four_blocks(total_c, low_c, c + at, x_01, x_23, s, m)
-            total_d, low_d = fmt.add_four_blocks(total_d, low_d, d + at, x_01, x_23, s, m)
-        minimums = join(join(low_a, low_b), join(low_c, low_d))
-        return quarter_sums(quarters(total_a, total_b, total_c, total_d) + minimums * offset)
+            y_01 = y_23 = none  # what all codes are too large by, taken off the whole sums of all four rows
+            if offset:
+                y_01, y_23 = none - add_dot(none, offsets, x_01), none - add_dot(none, offsets, x_23)
+            total_a, low_a = fmt.add_four_blocks(total_a, low_a, a + at, x_01, x_23, s, m, y_01, y_23)
+            total_b, low_b = fmt.add_four_blocks(total_b, low_b, b + at, x_01, x_23, s, m, y_01, y_23)
+            total_c, low_c = fmt.add_four_blocks(total_c, low_c, c + at, x_01, x_23, s, m, y_01, y_23)
+            total_d, low_d = fmt.add_four_blocks(total_d, low_d, d + at, x_01, x_23, s, m, y_01, y_23)
+        totals = quarters(total_a, total_b, total_c, total_d)
+        if has_minimum:
+            totals = totals + join(join(low_a, low_b), join(low_c, low_d))
+        return quarter_sums(totals)
 
     return wide_sums
