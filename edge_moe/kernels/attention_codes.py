@@ -37,7 +37,7 @@ from edge_moe.kernels.attention_tiles import (
 )
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
-from edge_moe.kernels.functions import codes_of, exp2, inverse_of
+from edge_moe.kernels.functions import codes_of, exp2_below, inverse_of
 from edge_moe.kernels.jit import both_sides, inline_kernel, inlined_kernel
 from edge_moe.kernels.simd import (
     absolute,
@@ -336,7 +336,7 @@ def hide_behind(scores, n, n_blocks):
 @inline_kernel
 def _weigh(place, top):
     """A score's weight 2**(score - top), of 16 at an address, where it also takes their place."""
-    weight = exp2(load(f32x16, place) - top)
+    weight = exp2_below(load(f32x16, place) - top)
     store(place, weight)
     return weight
 
@@ -373,10 +373,10 @@ def clear_behind(vector, n):
 @inline_kernel
 def weigh_blocks(scores, n_blocks, weights, steps):
     """Probabilities times a group's scales, f32 [blocks][16], as whole numbers. Returns what one of them is worth."""
-    tops = splat(f32x16, types.float32(0.0))
-    for b in range(n_blocks):
-        tops = larger(load(f32x16, steps + 64 * b), tops)
-    top = reduce_max(tops)
+    even = odd = splat(f32x16, types.float32(0.0))
+    for b in range(0, n_blocks - 1, 2):
+        even, odd = larger(load(f32x16, steps + 64 * b), even), larger(load(f32x16, steps + 64 * b + 64), odd)
+    top = reduce_max(larger(larger(load(f32x16, steps + 64 * (n_blocks - 1)), even), odd))
     factor = types.float32(MAX_PROBABILITY) / top if top > types.float32(0.0) else types.float32(0.0)
     half = splat(f32x16, types.float32(0.5))
     for b in range(n_blocks):

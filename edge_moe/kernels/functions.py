@@ -10,8 +10,13 @@ from edge_moe.kernels.simd import convert, f32x16, fma, i32x16, larger, load, ro
 def exp2(x):
     """2 to the power of each lane f32x16, held within -126 and 126. Relative error below 1e-6."""
     zero, least = splat(f32x16, types.float32(0.0)), splat(f32x16, types.float32(-126.0))
-    x = larger(least, x)  # in this order what is not a number stays so
-    x = zero - larger(least, zero - x)
+    return exp2_below(zero - larger(least, zero - x))
+
+
+@inline_kernel
+def exp2_below(x):
+    """`exp2` of what is known to be at most 126."""
+    x = larger(splat(f32x16, types.float32(-126.0)), x)  # in this order what is not a number stays so
     whole = rounded(x)
     f = x - whole
     # the Taylor series of exp(f ln 2), |f| <= 1/2
