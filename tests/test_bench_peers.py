@@ -92,7 +92,7 @@ def test_medians_ratios_and_bounds(bench, tmp_path):
     assert (row["ours_tok_per_s"], row["llama_tok_per_s"], row["ratio"]) == (12, 5, 2)
     assert (row["ratio_min"], row["ratio_max"]) == (1.5, 5)
     assert row["bytes_per_token"] == 1000 + 4 * (100 + 5)  # halfway through the 11 tokens
-    assert row["bound_tok_per_s"] == 3e9 / row["bytes_per_token"]
+    assert row["bound_tok_per_s"] == 4e9 / row["bytes_per_token"]  # the most that the memory gave
     bench.plot(tmp_path / "plot.svg", "title", found)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 

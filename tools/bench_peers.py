@@ -239,7 +239,8 @@ def measure(
 
 def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
     """Medians, ratios and bounds."""
-    bandwidth = statistics.median(log.values("memory", "read").values())
+    # the most it gave: a virtual machine's CPUs may be moved meanwhile, and its memory is then read at other speeds
+    bandwidth = max(log.values("memory", "read").values())
     rows = []
     for test in tests:
         ours, theirs = log.values(OURS, test.name), log.values(THEIRS, test.name)
