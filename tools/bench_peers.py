@@ -8,9 +8,9 @@ to round, so that a busy or throttled machine hits both. A figure is the median 
 appended to the log at once: called again with the same setup, the program goes on where it was stopped, and a
 larger --rounds adds rounds.
 
-The bound of generation is the measured speed of reading memory divided by the bytes that one token must read: all
-weights but the embeddings and the idle experts, and the cache. A model that fits the processor's cache may
-exceed it.
+The bound of generation is the highest measured speed of reading memory divided by the bytes that one token must read:
+all weights but the embeddings and the idle experts, and the cache. A model that fits the processor's cache may exceed
+it.
 """
 
 import argparse

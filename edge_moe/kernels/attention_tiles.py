@@ -5,7 +5,7 @@ multiplied in blocks of 16 tokens times 4 dims: with the CPU's dot products of b
 pairs of 16 bits, where nothing overflows and both factors keep more than 8 bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,36 +286,23 @@ def _tile_of_pair(start: int) -> Any:
 first_tile, second_tile = _tile_of_pair(0), _tile_of_pair(HEADS)
 
 
-@intrinsic
-def pair_add_scores(typingctx: Any, total: Any, first: Any, second: Any, x: Any, offset: Any) -> Any:
-    """`tile_add_scores` of two blocks of tokens."""
+def _add_to_pair(register: ir.Type, add: Callable[..., ir.Value]) -> Any:
+    """Make an operation: a pair + products of each head's 4 bytes at the offset with a register at each address."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        total, *codes, x, offset = args
-        sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
-        registers = [load_at(builder, address, ir.VectorType(BYTE, 64)) for address in codes]
-        for h, quad in enumerate(numbers_at(builder, x, offset, 0, I32)):
-            for i, w in zip((h, HEADS + h), registers, strict=True):
-                sums[i] = _add(builder, sums[i], w, builder.bitcast(quad, w.type))
-        return pack_tile(builder, sums)
+    @intrinsic
+    def operation(typingctx: Any, total: Any, first: Any, second: Any, x: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            total, *addresses, x, offset = args
+            sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
+            registers = [load_at(builder, address, register) for address in addresses]
+            for h, number in enumerate(numbers_at(builder, x, offset, 0, I32)):
+                for i, w in zip((h, HEADS + h), registers, strict=True):
+                    sums[i] = add(builder, sums[i], w, builder.bitcast(number, register))
+            return pack_tile(builder, sums)
 
-    return total(total, *[types.int64] * 4), codegen
+        return total(total, *[types.int64] * 4), codegen
 
-
-@intrinsic
-def pair_add_rope_scores(typingctx: Any, total: Any, first: Any, second: Any, x: Any, offset: Any) -> Any:
-    """`tile_add_pairs` of two blocks of tokens, whose pairs are at two addresses."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        total, *keys, x, offset = args
-        sums = [builder.extract_value(total, i) for i in range(2 * HEADS)]
-        registers = [load_at(builder, address, ir.VectorType(I16, 32)) for address in keys]
-        for h, both in enumerate(numbers_at(builder, x, offset, 0, I32)):
-            for i, pairs in zip((h, HEADS + h), registers, strict=True):
-                sums[i] = add_pair_sums_32(builder, sums[i], pairs, builder.bitcast(both, pairs.type))
-        return pack_tile(builder, sums)
-
-    return total(total, *[types.int64] * 4), codegen
+    return operation
 
 
 @intrinsic
@@ -341,6 +328,11 @@ def _add(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Value) -
     group = GroupDot(builder, CODES, total, None)
     group.add(codes, x)
     return group.result()
+
+
+# `tile_add_scores` and `tile_add_pairs` of two blocks of tokens
+pair_add_scores = _add_to_pair(ir.VectorType(BYTE, 64), _add)
+pair_add_rope_scores = _add_to_pair(ir.VectorType(I16, 32), add_pair_sums_32)
 
 
 def _transposed_sums(builder: ir.IRBuilder, four: Sequence[ir.Value]) -> ir.Value:
