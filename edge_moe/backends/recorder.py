@@ -79,6 +79,20 @@ class Inputs(NamedTuple):
     memory: np.ndarray
 
 
+class Matrix(NamedTuple):
+    """A matrix of a product: n_rows at an address, times records from `record` on, into f32[n,n_rows].
+
+    With a stride it is one of a stack: the one whose number is found at the address `choice` when the steps run.
+    """
+
+    address: int
+    n_rows: int
+    record: int
+    out: np.ndarray
+    stride_bytes: int = 0
+    choice: int = 0
+
+
 class Recorder:
     """The operations of a model pass for one token; each gives the buffer that will hold its result."""
 
@@ -125,6 +139,8 @@ class Recorder:
             _address(out),
             0,
             0,
+            0,
+            0,
         ]
         self._step(units.decode_units, plan, TAGS[weight.format.name])
         return out
@@ -153,7 +169,7 @@ class Recorder:
             if group not in records:
                 records[group] = self._quantize(x, group, is_fine=group in fine_groups)
             chosen = [(w, out) for w, out in zip(wanted, outputs, strict=True) if w.format is fmt]
-            self._product(chosen[0][0], records[group], [(w.address, w.shape[0], 0, out) for w, out in chosen])
+            self._product(chosen[0][0], records[group], [Matrix(w.address, w.shape[0], 0, out) for w, out in chosen])
         return [out if len(out) == 1 else self.add(out[:1], out[1:]) for out in outputs]
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -161,7 +177,7 @@ class Recorder:
         out = self._empty(1, x.shape[1], weight.shape[1])
         records = self._quantize(x[0], weight.format.activation_group)
         addresses = weight.addresses.tolist()
-        self._product(weight, records, [(at, weight.shape[1], h, out[:, h]) for h, at in enumerate(addresses)])
+        self._product(weight, records, [Matrix(at, weight.shape[1], h, out[:, h]) for h, at in enumerate(addresses)])
         return out
 
     def per_head_transposed(self, x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -170,7 +186,7 @@ class Recorder:
         out, rows = self._empty(1, n_heads, n_cols), self._contiguous(x[0])
         plan = [0, n_heads, n_cols, weight.row_bytes, 0, _address(rows), 0, 0]
         for h, address in enumerate(weight.addresses.tolist()):
-            plan += (address, n_rows, h, h + 1, _address(out), 0, 0)
+            plan += (address, n_rows, h, h + 1, _address(out), 0, 0, 0, 0)
         self._step(units.transposed_units, plan, TAGS[weight.format.name], 2 * x.size * n_cols)
         return out
 
@@ -283,17 +299,25 @@ class Recorder:
         tables = None if self._store is None else self._stream(self._store, x, ids, weights, (gate, up, down), total)
         gate_out, up_out = self._empty(top_k, gate.shape[1]), self._empty(top_k, up.shape[1])
         records = {g: self._quantize(x, g) for g in {gate.format.activation_group, up.format.activation_group}}
-        together = [(gate, gate_out), (up, up_out)]
-        for part in [together] if gate.format is up.format else [together[:1], together[1:]]:
-            stacks = [weight for weight, _ in part]
-            groups = [(weight.address, weight.shape[1], 0, row[None]) for weight, rows in part for row in rows]
-            chosen = [(ids, w) if tables is None else (tables[int(w is up)], None) for w in stacks]
-            self._product(stacks[0], records[stacks[0].format.activation_group], groups, chosen)
+
+        def chosen(stack: Weight, which: int, k: int, record: int, rows: np.ndarray) -> Matrix:
+            """The matrix of the k-th expert; in the memory of a store, its address is what is chosen."""
+            if tables is not None:
+                return Matrix(0, stack.shape[1], record, rows, 1, _address(tables[which, k:]))
+            stride = stack.stride_bytes or stack.matrix_bytes
+            return Matrix(stack.address, stack.shape[1], record, rows, stride, _address(ids[0, k:]))
+
+        gates = [chosen(gate, 0, k, 0, gate_out[k : k + 1]) for k in range(top_k)]
+        ups = [chosen(up, 1, k, 0, up_out[k : k + 1]) for k in range(top_k)]
+        if gate.format is up.format:
+            self._product(gate, records[gate.format.activation_group], gates + ups)
+        else:
+            self._product(gate, records[gate.format.activation_group], gates)
+            self._product(up, records[up.format.activation_group], ups)
         gated = self._silu_multiply(gate_out, up_out)
         out = self._empty(top_k, down.shape[1])
-        groups = [(down.address, down.shape[1], k, out[k : k + 1]) for k in range(top_k)]
-        chosen = [(ids, down) if tables is None else (tables[2], None)]
-        self._product(down, self._quantize(gated, down.format.activation_group), groups, chosen)
+        downs = [chosen(down, 2, k, k, out[k : k + 1]) for k in range(top_k)]
+        self._product(down, self._quantize(gated, down.format.activation_group), downs)
         positions = np.arange(top_k)
         self.keep.append(positions)
         plan = [0, top_k, down.shape[1], _address(out), _address(positions), _address(weights), _address(total)]
@@ -392,27 +416,17 @@ class Recorder:
         self,
         weight: Weight,
         inputs: Inputs,
-        groups: list[tuple[int, int, int, np.ndarray]],
-        chosen: Sequence[tuple[np.ndarray, Weight | None]] = (),
+        matrices: Sequence[Matrix],
     ) -> None:
-        """Matrices (address, n_rows, first of n records, out f32[n,n_rows]) in the format and width of `weight`.
-
-        Each of the stacks `chosen` in turn has a group for each of its ids i64[K], whose address is put in when the
-        steps run; without a stack the ids are addresses.
-        """
+        """Matrices of one format and width, those of `weight`, times records."""
         n_cols, row_bytes = weight.shape[-1], weight.row_bytes
-        plan, rows_end = [0, len(groups), n_cols, row_bytes, self._threads, _address(inputs.addresses), 0, 0], 0
-        for address, n_rows, record, out in groups:
+        plan, rows_end = [0, len(matrices), n_cols, row_bytes, self._threads, _address(inputs.addresses), 0, 0], 0
+        for address, n_rows, record, out, stride, choice in matrices:
             rows_end += n_rows
             # the kernel writes record m's results m * n_rows floats behind the address given
-            plan += (address, n_rows, record, record + len(out), _address(out) - 4 * record * n_rows, rows_end, 0)
-        choices = [self._step(steps.choose_step, [0] * 7) for _ in chosen]
-        numbers = self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
-        field = _address(numbers) + 8 * units.GROUPS
-        for (ids, stack), choice in zip(chosen, choices, strict=True):
-            first, stride = (stack.address, stack.stride_bytes or stack.matrix_bytes) if stack is not None else (0, 1)
-            choice[1:] = ids.size, _address(ids), first, stride, field, 8 * units.GROUP_FIELDS
-            field += 8 * units.GROUP_FIELDS * ids.size
+            place = _address(out) - 4 * record * n_rows
+            plan += (address, n_rows, record, record + len(out), place, rows_end, 0, stride, choice)
+        self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
 
     def _silu_multiply(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         out = self._empty(*gate.shape)

@@ -16,11 +16,12 @@ from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 PANEL_TOKENS = 4  # from so many tokens on a panel pays
 CHUNK_COLUMNS = 256
 
-# A plan is int64[8] followed by int64[7] for each group: where to find all that a kernel needs. Rows are counted
-# through all groups; where panels are wanted, each group's are counted up to a multiple of 16.
+# A plan is int64[8] followed by int64[9] for each group: where to find all that a kernel needs. Rows are counted
+# through all groups; where panels are wanted, each group's are counted up to a multiple of 16. With a STRIDE a group's
+# matrix is one of a stack, chosen while the plan waits: the int64 at CHOICE times the stride behind ADDRESS.
 COUNTER, N_GROUPS, N_COLS, ROW_BYTES, SHARES, TOKENS, TILES, TILE_BYTES = range(8)
-GROUPS, GROUP_FIELDS = 8, 7
-ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE = range(GROUP_FIELDS)
+GROUPS, GROUP_FIELDS = 8, 9
+ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE, STRIDE, CHOICE = range(GROUP_FIELDS)
 
 # Without panels the memory is the limit, and long runs of it are read faster: units are those of `first_of_unit`, down
 # to such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
@@ -35,11 +36,18 @@ def field(plan, i):
 
 
 @inline_kernel
+def _matrix(group):
+    """Address of a group's matrix."""
+    address, stride = field(group, ADDRESS), field(group, STRIDE)
+    return address + stride * load(types.int64, field(group, CHOICE)) if stride else address
+
+
+@inline_kernel
 def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     """Rows times tokens, straight from the blocks, while what lies `ahead` bytes behind them is fetched."""
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)
     n_rows, out, begin, end = field(group, N_ROWS), field(group, OUT), field(group, BEGIN), field(group, END)
-    address = field(group, ADDRESS) + row * row_bytes
+    address = _matrix(group) + row * row_bytes
     for r in range(row, row_end, ROWS_AT_ONCE):
         n = min(row_end - r, ROWS_AT_ONCE)
         for m in range(begin, end):
@@ -96,14 +104,14 @@ def _units_of_rows(fmt, plan, n_rows, scratch):
                 end = min(end, stop - reach)
             else:
                 ahead += following - stop
-            address = field(group, ADDRESS) + (row - rows_begin) * row_bytes
+            address = _matrix(group) + (row - rows_begin) * row_bytes
             distance = 0
             if ahead < n_rows:
                 while ahead >= field(ahead_group, ROWS_END):
                     ahead_begin = field(ahead_group, ROWS_END)
                     ahead_group += 8 * GROUP_FIELDS
                 end = min(end, row + field(ahead_group, ROWS_END) - ahead)
-                distance = field(ahead_group, ADDRESS) + (ahead - ahead_begin) * row_bytes - address
+                distance = _matrix(ahead_group) + (ahead - ahead_begin) * row_bytes - address
             _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance, scratch)
             row = end
         row = following

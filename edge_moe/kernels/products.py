@@ -96,6 +96,7 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_thread
                 plan[place + i] = matrices[g, i]
             plan[place + units.OUT] = address_of(out) + 4 * matrices[g, 4]
             plan[place + units.ROWS_END], plan[place + units.FIRST_TILE] = n_rows, n_tiles
+            plan[place + units.STRIDE] = 0
             if n_tokens >= units.PANEL_TOKENS:
                 n_tiles += (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
             n_groups += 1
@@ -253,7 +254,7 @@ def grouped_linear_transposed(
     out = np.empty((len(x), n_cols), np.float32)
     plan = [0, len(places), n_cols, fmt.row_bytes(n_cols), 0, x.ctypes.data, 0, 0]
     for place, begin, end in zip(places, bounds, bounds[1:], strict=False):
-        plan += (place, n_rows, begin, end, out.ctypes.data, 0, 0)
+        plan += (place, n_rows, begin, end, out.ctypes.data, 0, 0, 0, 0)
     n_units = len(places) * -(-n_cols // units.CHUNK_COLUMNS)
     _run(units.transposed_units, fmt, plan, n_units, 2 * x.size * n_cols)
     return out
@@ -267,6 +268,6 @@ def decode_rows(fmt: BlockFormat, address: int, row_ids: np.ndarray, n_cols: int
     row_ids = _integers(row_ids)
     out = np.empty((row_ids.size, n_cols), np.float32)
     plan = [0, 1, n_cols, fmt.row_bytes(n_cols), 0, row_ids.ctypes.data, 0, 0]
-    plan += (index(address), 0, 0, row_ids.size, out.ctypes.data, 0, 0)
+    plan += (index(address), 0, 0, row_ids.size, out.ctypes.data, 0, 0, 0, 0)
     _run(units.decode_units, fmt, plan, row_ids.size, out.size)
     return out

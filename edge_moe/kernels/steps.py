@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from edge_moe.kernels.elementwise import rms_norm_row, rope_row, silu_multiply_row, weighted_sum_row
 from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.routing import route_row
-from edge_moe.kernels.simd import fetch_add, load, store
+from edge_moe.kernels.simd import fetch_add, load
 
 _FLOATS, _INTEGERS = types.CPointer(types.float32), types.CPointer(types.int64)
 
@@ -137,18 +137,4 @@ def route_step(fmt, plan):
     sigmoid, norm = _number(plan, 5) != 0, _number(plan, 9) != 0
     groups = _number(plan, 6), _number(plan, 7), _number(plan, 8)
     route_row(logits, bias, sigmoid, groups, norm, _float(plan, 10), scratch, ids, weights)
-    return 0
-
-
-@kernel
-def choose_step(fmt, plan):
-    """Put the addresses of the chosen experts' matrices into the plan of a product.
-
-    Plan: counter, n, ids, address of expert 0, bytes between experts, where the first address goes, bytes between them.
-    """
-    if fetch_add(plan, 1) > 0:
-        return 0
-    for k in range(_number(plan, 1)):
-        expert = load(types.int64, _number(plan, 2) + 8 * k)
-        store(_number(plan, 5) + k * _number(plan, 6), _number(plan, 3) + expert * _number(plan, 4))
     return 0
