@@ -15,10 +15,12 @@ from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, join_chunk
 from edge_moe.kernels.attention_tiles import (
     BY_BYTES,
     HEADS,
+    MAX_HIGH,
     MAX_PROBABILITY,
     MAX_QUERY,
     PAIRS,
     QUERY_BYTES,
+    dither,
     first_tile,
     pair_add_rope_scores,
     pair_add_scores,
@@ -28,6 +30,7 @@ from edge_moe.kernels.attention_tiles import (
     scatter,
     second_tile,
     store_by_quads,
+    store_high_probabilities,
     store_probabilities,
     tile_accumulate_quads,
     tile_add_scores,
@@ -64,6 +67,7 @@ PREFETCH_BYTES = 8192
 GROUP = 128  # dims that share a token's scale
 BLOCK_TOKENS = 16
 MAX_CODE = 127
+FLAT_SUM = 8 * 255 // MAX_HIGH  # where a chunk's probabilities are so many times their largest, one byte is enough
 MAX_ROPE_KEY = 4095  # a sum of products with queries must stay within 32 bits
 
 
@@ -371,24 +375,55 @@ def clear_behind(vector, n):
 
 
 @inline_kernel
-def weigh_blocks(scores, n_blocks, weights, steps):
+def _one_byte_is_enough(sums):
+    """Whether a chunk's probabilities may be rounded to one byte; f32 [heads], their sums, the largest being 1.
+
+    The errors of 256 tokens are then together about a 40th of the largest probability, and less than a 300th of the
+    sum: less than the codes' own rounding costs.
+    """
+    is_enough = BY_BYTES
+    for h in range(HEADS):
+        is_enough = is_enough and load(types.float32, sums + 4 * h) >= types.float32(FLAT_SUM)
+    return is_enough
+
+
+@inline_kernel
+def weigh_blocks(scores, n_blocks, weights, steps, in_one_byte):
     """Probabilities times a group's scales, f32 [blocks][16], as whole numbers. Returns what one of them is worth."""
     even = odd = splat(f32x16, types.float32(0.0))
     for b in range(0, n_blocks - 1, 2):
         even, odd = larger(load(f32x16, steps + 64 * b), even), larger(load(f32x16, steps + 64 * b + 64), odd)
     top = reduce_max(larger(larger(load(f32x16, steps + 64 * (n_blocks - 1)), even), odd))
-    factor = types.float32(MAX_PROBABILITY) / top if top > types.float32(0.0) else types.float32(0.0)
+    most = types.float32(MAX_HIGH if in_one_byte else MAX_PROBABILITY)
+    factor = most / top if top > types.float32(0.0) else types.float32(0.0)
     half = splat(f32x16, types.float32(0.5))
     for b in range(n_blocks):
         step = load(f32x16, steps + 64 * b) * factor
-        for h in range(HEADS):
-            weight = fma(load(f32x16, scores + 64 * (HEADS * b + h)), step, half)
-            store_probabilities(weights + 64 * (2 * HEADS * b + h), convert(i32x16, weight))
-    return top * types.float32(1 / MAX_PROBABILITY)
+        if in_one_byte:
+            for h in range(HEADS):
+                weight = fma(load(f32x16, scores + 64 * (HEADS * b + h)), step, dither())
+                store_high_probabilities(weights + 64 * (2 * HEADS * b + h), convert(i32x16, weight))
+        else:
+            for h in range(HEADS):
+                weight = fma(load(f32x16, scores + 64 * (HEADS * b + h)), step, half)
+                store_probabilities(weights + 64 * (2 * HEADS * b + h), convert(i32x16, weight))
+    return top / most
 
 
 @inline_kernel
-def add_values(codes, block_bytes, n_blocks, weights, ahead, context, by_quads):
+def _add_products(total, codes, block_bytes, n_blocks, weights, part):
+    """Codes of some blocks times a part of the weights."""
+    for b in range(n_blocks):
+        place = codes + b * block_bytes
+        if PAIRS:
+            total = pair_add_values(total, place, weights + 128 * HEADS * b, part)
+        else:
+            total = tile_add_values(total, place, weights + 128 * HEADS * b, part)
+    return total
+
+
+@inline_kernel
+def add_values(codes, block_bytes, n_blocks, weights, in_one_byte, ahead, context, by_quads):
     """Add to the contexts of 4 dims, or of PAIRS of 8, their codes times the weights.
 
     What lies `ahead` bytes further is asked for: the scores of the next chunk would wait for it.
@@ -402,14 +437,8 @@ def add_values(codes, block_bytes, n_blocks, weights, ahead, context, by_quads):
             total = pair_add_values(total, place, weights + 128 * HEADS * b, 0)
         else:
             total = tile_add_values(total, place, weights + 128 * HEADS * b, 0)
-    if BY_BYTES:
-        total = tile_make_high(total)
-        for b in range(n_blocks):
-            place = codes + b * block_bytes
-            if PAIRS:
-                total = pair_add_values(total, place, weights + 128 * HEADS * b, 1)
-            else:
-                total = tile_add_values(total, place, weights + 128 * HEADS * b, 1)
+    if BY_BYTES and not in_one_byte:
+        total = _add_products(tile_make_high(total), codes, block_bytes, n_blocks, weights, 1)
     tile_accumulate_quads(context, first_tile(total), by_quads)
     if PAIRS:
         tile_accumulate_quads(context + 16 * HEADS, second_tile(total), by_quads)
@@ -469,6 +498,7 @@ def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratc
         hide_behind(scores, n, n_blocks)
         softmax_of_blocks(scores, n_blocks, partial, factors, largest, sums)
         new = load(f32x16, factors + 64)
+        in_one_byte = _one_byte_is_enough(sums)
         store_by_quads(by_quads, load(f32x16, factors))
         ahead = (then - first) // BLOCK_TOKENS * block_bytes
         for g in range(_groups(rank)):
@@ -476,11 +506,11 @@ def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratc
             for b in range(n_blocks):
                 store(steps + 64 * b, load(f32x16, scales + b * block_bytes))
                 clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
-            worth = weigh_blocks(scores, n_blocks, weights, steps)
+            worth = weigh_blocks(scores, n_blocks, weights, steps, in_one_byte)
             store_by_quads(by_quads + 16 * HEADS, new * worth)
             # of an odd number of quads the last has a neighbour that is none, and whose sums nobody reads
             for k in range(GROUP // 4 * g, min(GROUP // 4 * (g + 1), _quads(rank)), 2 if PAIRS else 1):
                 place, context = block + 64 * k, partial + CONTEXT + 16 * HEADS * k
-                add_values(place, block_bytes, n_blocks, weights, ahead, context, by_quads)
+                add_values(place, block_bytes, n_blocks, weights, in_one_byte, ahead, context, by_quads)
 
     return attend_chunk

@@ -300,14 +300,14 @@ def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratc
                 store(middles + 64 * b, _middles_of(scales, rank, g))
                 clear_behind(steps + 64 * b, n - BLOCK_TOKENS * b)  # tokens that are not seen may not matter
                 clear_behind(middles + 64 * b, n - BLOCK_TOKENS * b)
-            worth = weigh_blocks(scores, n_blocks, weights, steps)
+            worth = weigh_blocks(scores, n_blocks, weights, steps, False)
             store_by_quads(by_quads + 16 * HEADS, new * worth)
             for octet in range(GROUP // 8 * g, min(GROUP // 8 * (g + 1), _octets(rank))):
                 for b in range(n_blocks):
                     _unpack(block + b * block_bytes + 64 * octet, pairs + 128 * b)
                 for half in range(0, 2, 2 if PAIRS else 1):
                     context = partial + CONTEXT + 16 * HEADS * (2 * octet + half)
-                    add_values(pairs + 64 * half, 128, n_blocks, weights, 0, context, by_quads)
+                    add_values(pairs + 64 * half, 128, n_blocks, weights, False, 0, context, by_quads)
             _add_middles(scores, n_blocks, middles, partial + CONTEXT, rank, GROUP * g, new, sums_of_middles)
 
     return attend_chunk

@@ -17,6 +17,7 @@ from edge_moe.kernels.dots import BYTE, I16, I32, SIGN_BIAS, VIA_16_BITS, GroupD
 from edge_moe.kernels.simd import (
     Vector,
     call,
+    constant,
     f32x16,
     i32x16,
     llvm_type,
@@ -34,9 +35,10 @@ BY_BYTES = not VIA_16_BITS
 # Bytes of a head's query for 4 dims, and its largest code: the 16-bit form has bits to spare.
 QUERY_BYTES, MAX_QUERY = (4, 127) if BY_BYTES else (8, 32767)
 # A probability is kept in two bytes, high and low, each in what the CPU multiplies, or in one number of 16 bits. One
-# byte would lose what is spread thin over many tokens beside one that draws most of the attention, as the first does.
+# byte would lose what is spread thin over many tokens beside one that draws most of the attention, as the first does;
+# it is enough where no token draws much.
 LOW_BITS = 7 if TARGET.dot == "sdot" else 8
-MAX_PROBABILITY = (1 << 2 * LOW_BITS) - 1 if BY_BYTES else 32767
+MAX_PROBABILITY, MAX_HIGH = ((1 << 2 * LOW_BITS) - 1, (1 << LOW_BITS) - 1) if BY_BYTES else (32767, 32767)
 PAIRS = BY_BYTES and TARGET.registers * TARGET.register_bytes >= 2048  # there are registers for two tiles of sums
 
 CODES = SimpleNamespace(signed=True, max_code=-1)
@@ -412,6 +414,28 @@ def store_probabilities(typingctx: Any, address: Any, weights: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, i32x16), codegen
+
+
+@intrinsic
+def store_high_probabilities(typingctx: Any, address: Any, weights: Any) -> Any:
+    """The same where one byte is enough: a head's probabilities of 16 tokens, i32x16 of 0 to MAX_HIGH, 64 bytes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        octets = builder.bitcast(args[1], ir.VectorType(BYTE, 64))
+        store_at(builder, args[0], rearrange(builder, octets, [16 * (j // 16) + 4 * (j % 4) for j in range(64)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, i32x16), codegen
+
+
+@intrinsic
+def dither(typingctx: Any) -> Any:
+    """f32x16 to add before fractions are cut off: of numbers that are alike, as many are rounded up as is right."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return constant(f32x16, [(7 * i % 16 + 0.5) / 16 for i in range(16)])
+
+    return f32x16(), codegen
 
 
 @intrinsic
