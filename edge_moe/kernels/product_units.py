@@ -125,7 +125,7 @@ def _units_of_panels(fmt, plan, n_rows, scratch):
         if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
             _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
             continue
-        _few_tokens(fmt, plan, group, row, end, PREFETCH_BYTES, scratch)
+        _few_tokens(fmt, plan, group, row, end, types.int64(PREFETCH_BYTES), scratch)
 
 
 @kernel
