@@ -13,7 +13,7 @@ from edge_moe.kernels.blocks import (
     twice,
 )
 from edge_moe.kernels.dots import stored_sign
-from edge_moe.kernels.file_numbers import add_set_bits, bit_field, from_half
+from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     convert,
@@ -35,6 +35,8 @@ from edge_moe.kernels.simd import (
 
 # ---- blocks of 32
 
+_add_set_bits = adder_of_bits(range(8))
+
 
 @overload_method(BlockFormat, "codes_of_four")
 def _codes_of_four(fmt, block):
@@ -52,7 +54,7 @@ def _codes_of_four(fmt, block):
         a, b = load(u8x64, block), load(u8x64, block + back)
         low, high = low_high_twice(nibbles_01(a), 0), low_high_twice(nibbles_23(b), 0)
         if bits:
-            low, high = add_set_bits(hidden(low), bits_01(a), 16), add_set_bits(hidden(high), bits_23(b), 16)
+            low, high = _add_set_bits(hidden(low), bits_01(a), 16), _add_set_bits(hidden(high), bits_23(b), 16)
         both = view(u16x64, join(a, b))
         if is_table:
             return stored_sign(iq4_value(low)), stored_sign(iq4_value(high)), scales_of(both), minimums_of(both)
