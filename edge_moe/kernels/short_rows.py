@@ -1,8 +1,9 @@
-"""Rows of only four blocks of 32, as keys out of a latent have, for CPUs with long registers.
+"""Rows of few columns, as those to and from a latent have, for CPUs with long registers.
 
-For so short a row the sum of a register's lanes would cost as much as its products. Here four rows are multiplied at a
-time and a lane is one block of one row: what the rows have for the same four columns of each block is brought together.
-All that depends on the activations alone is loaded once for a run of rows.
+All that depends on the activations alone is loaded once for a run of rows. Of rows of four blocks of 32 four are
+multiplied at a time, and a lane is one block of one row: what they have for the same four columns of each block is
+brought together, since the sum of a register's lanes would cost as much as the products. Of rows of two superblocks two
+are multiplied at a time, as four superblocks of a longer row are.
 """
 
 from typing import Any
@@ -10,19 +11,22 @@ from typing import Any
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import scales_offset, sums_offset
-from edge_moe.kernels.blocks import BlockFormat, FormatTag, iq4_value, nibbles_of
+from edge_moe.kernels.activations import nibbles_offset, scales_offset, sums_offset
+from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat, iq4_value, nibbles_of
 from edge_moe.kernels.dots import add_dot, stored_sign
 from edge_moe.kernels.file_numbers import adder_of_bits, from_half
+from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import (
     convert,
+    f32x2,
     f32x4,
     f32x16,
     fma,
     hidden,
     high_half,
     i8x64,
+    i16x32,
     i32x16,
     join,
     load,
@@ -37,8 +41,9 @@ from edge_moe.kernels.simd import (
 )
 from edge_moe.kernels.wide_rows import is_wide
 
-SHORT_COLUMNS = 128  # a register's four parts of 128 bits are the four blocks, its lanes in each part the four rows
-RUN = 256  # rows that stay in the first level of the cache for all of a unit's tokens
+RUN_BYTES = 24576  # of rows that stay in the first level of the cache for all of a unit's tokens
+
+# ---- rows of four blocks of 32: a register's four parts of 128 bits are the blocks, the lanes of each part four rows
 
 
 def _of_each_part(*lanes: int) -> Any:
@@ -90,18 +95,19 @@ def _short_codes(fmt, nibbles, shift):
 
 
 @overload_method(BlockFormat, "multiply_run")
-def _multiply_run(fmt, row, n_rows, x, ahead, out):
-    row_bytes, bits, has_minimum, offset = 4 * fmt.block_bytes, fmt.bits, fmt.offset is None, fmt.offset or 0
+def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
+    n_cols, row_bytes = _columns(fmt), 4 * fmt.block_bytes
+    bits, has_minimum, offset = fmt.bits, fmt.offset is None, fmt.offset or 0
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
-        """n_rows rows of SHORT_COLUMNS times one token's record -> f32[n_rows] at `out`."""
+        """n_rows rows of four blocks times one token's record -> f32[n_rows] at `out`."""
         columns = join(load(u32x16, x), load(u32x16, x + 64))
         x_0, x_1, x_2, x_3 = _x_0(columns), _x_1(columns), _x_2(columns), _x_3(columns)
         x_4, x_5, x_6, x_7 = _x_4(columns), _x_5(columns), _x_6(columns), _x_7(columns)
         x_0, x_1, x_2, x_3 = view(i8x64, x_0), view(i8x64, x_1), view(i8x64, x_2), view(i8x64, x_3)
         x_4, x_5, x_6, x_7 = view(i8x64, x_4), view(i8x64, x_5), view(i8x64, x_6), view(i8x64, x_7)
-        x_scales = _for_all_rows(load(f32x4, x + scales_offset(SHORT_COLUMNS)))
-        x_sums = _for_all_rows(load(f32x4, x + sums_offset(SHORT_COLUMNS, 32)))
+        x_scales = _for_all_rows(load(f32x4, x + scales_offset(n_cols)))
+        x_sums = _for_all_rows(load(f32x4, x + sums_offset(n_cols, 32)))
         none, offsets = splat(i32x16, types.int32(0)), splat(u8x64, types.uint8(offset))
         start = none  # what all codes are too large by, taken off
         if offset:
@@ -145,25 +151,67 @@ def _multiply_run(fmt, row, n_rows, x, ahead, out):
     return multiply_run
 
 
+# ---- rows of two superblocks
+
+_twice, _same_twice = picker([0, 1, 0, 1]), picker([*range(32), *range(32)])
+_even_64, _odd_64 = picker(range(0, 64, 2)), picker(range(1, 64, 2))
+_even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
+
+
+@overload_method(SuperblockFormat, "multiply_run")
+def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
+    n_cols, row_bytes = _columns(fmt), 2 * fmt.block_bytes
+
+    def multiply_run(fmt, row, n_rows, x, ahead, out):
+        """n_rows rows of two superblocks times one token's record -> f32[n_rows] at `out`."""
+        codes, x_scales = x + nibbles_offset(n_cols), _twice(load(f32x2, x + scales_offset(n_cols)))
+        sums_of_16 = _same_twice(load(i16x32, x + sums_offset(n_cols, 256)))
+        x_sums = hidden(_even_64(sums_of_16) + _odd_64(sums_of_16))
+        last = row + (n_rows - 1) * row_bytes
+        for r in range(0, n_rows, ROWS_AT_ONCE):
+            for line in range(0, ROWS_AT_ONCE * row_bytes, 64):
+                prefetch_once(ahead + line)
+            b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
+            total_a, total_b, low = fmt.wide_totals_of_two(row, b, codes, x_scales, x_sums)
+            total_c, total_d, high = fmt.wide_totals_of_two(c, d, codes, x_scales, x_sums)
+            minimums = join(low, high)
+            totals = quarters(total_a, total_b, total_c, total_d) - (_even_32(minimums) + _odd_32(minimums))
+            store_sums(out + 4 * r, quarter_sums(totals), n_rows - r)
+            row += ROWS_AT_ONCE * row_bytes
+            ahead += ROWS_AT_ONCE * row_bytes
+
+    return multiply_run
+
+
+# ---- both
+
+
+def _columns(fmt: FormatTag) -> int:
+    """How many columns short rows have: what latents and what comes out of them have, in the models there are."""
+    return 128 if isinstance(fmt, BlockFormat) else 512
+
+
 @overload_method(FormatTag, "multiply_short_rows")
 def _multiply_short_rows(fmt, row, n_rows, n_cols, tokens, begin, end, out, stride, ahead):
-    row_bytes = 4 * fmt.block_bytes
+    n_short = _columns(fmt)
+    row_bytes = (4 if isinstance(fmt, BlockFormat) else 2) * fmt.block_bytes
+    run = RUN_BYTES // row_bytes // ROWS_AT_ONCE * ROWS_AT_ONCE
 
     def multiply_short_rows(fmt, row, n_rows, n_cols, tokens, begin, end, out, stride, ahead):
         """n_rows rows times records begin:end at addresses i64[] -> f32[:, stride]; False if rows are not short.
 
         What is `ahead` bytes behind the rows is fetched meanwhile.
         """
-        if n_cols != SHORT_COLUMNS:
+        if n_cols != n_short:
             return False
-        for r in range(0, n_rows, RUN):
+        for r in range(0, n_rows, run):
             address = row + r * row_bytes
             for m in range(begin, end):
-                x, n = load(types.int64, tokens + 8 * m), min(n_rows - r, RUN)
+                x, n = load(types.int64, tokens + 8 * m), min(n_rows - r, run)
                 fmt.multiply_run(address, n, x, address + ahead, out + 4 * (m * stride + r))
         return True
 
     def no_short_rows(fmt, row, n_rows, n_cols, tokens, begin, end, out, stride, ahead):
         return False
 
-    return multiply_short_rows if isinstance(fmt, BlockFormat) and is_wide(fmt) else no_short_rows
+    return multiply_short_rows if is_wide(fmt) else no_short_rows

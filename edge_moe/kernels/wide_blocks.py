@@ -101,6 +101,36 @@ def _factors_of_four(fmt, block, x_scales):
     return factors_of_four
 
 
+@inline_kernel
+def _two_times_two_of_16(a, b, size):
+    """16 bytes at each of two addresses, and those `size` behind each."""
+    return join(join(load(u8x16, a), load(u8x16, a + size)), join(load(u8x16, b), load(u8x16, b + size)))
+
+
+@overload_method(SuperblockFormat, "scales_of_two_pairs")
+def _scales_of_two_pairs(fmt, a, b):
+    size = fmt.block_bytes
+
+    def scales_of_two_pairs(fmt, a, b):
+        """`scales_of_four` of two superblocks at each of two addresses."""
+        both = hidden(_scales_of_6_bits(_two_times_two_of_16(a, b, size)))
+        return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
+
+    return scales_of_two_pairs
+
+
+@overload_method(SuperblockFormat, "factors_of_two_pairs")
+def _factors_of_two_pairs(fmt, a, b, x_scales):
+    size = fmt.block_bytes
+
+    def factors_of_two_pairs(fmt, a, b, x_scales):
+        """`factors_of_four` of two superblocks at each of two addresses."""
+        words = _first_words(view(u32x16, _two_times_two_of_16(a, b, size)))
+        return from_half(view(u16x8, words)) * _each_twice(x_scales)
+
+    return factors_of_two_pairs
+
+
 @overload_method(SuperblockFormat, "nibble_codes")
 def _nibble_codes(fmt, block, chunk):
     has_fifth_bit = fmt.max_code > 15

@@ -105,6 +105,29 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
     return wide_row_total
 
 
+@inlined_method(SuperblockFormat, "wide_totals_of_two")
+def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+    size = fmt.block_bytes
+
+    def wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+        """Of two rows of two superblocks f32x16 each, without their minimums; and those f32x16, 8 lanes for each row.
+
+        x: codes in the order of nibbles; x_scales: f32x4, the two once more; x_sums: i16x32 of each 32 columns, too.
+        """
+        ab, cd = fmt.scales_of_two_pairs(a, b)
+        factors = hidden(fmt.factors_of_two_pairs(a, b, x_scales))
+        first = fmt.wide_sums_of_one(a, x, _a_01(ab), _a_23(ab)) * _d_0(factors)
+        second = fmt.wide_sums_of_one(a + size, x + 256, _b_01(ab), _b_23(ab))
+        total_a = fma(second, _d_1(factors), first)
+        first = fmt.wide_sums_of_one(b, x, _a_01(cd), _a_23(cd)) * _d_2(factors)
+        second = fmt.wide_sums_of_one(b + size, x + 256, _b_01(cd), _b_23(cd))
+        total_b = fma(second, _d_3(factors), first)
+        weighted = pair_dot(_minimums(join(ab, cd)), x_sums)
+        return total_a, total_b, convert(f32x16, weighted) * _four_dmins(factors)
+
+    return wide_totals_of_two
+
+
 # ---- blocks of 32
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
