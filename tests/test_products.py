@@ -175,7 +175,23 @@ def test_units_run_through_small_matrices():
 
 
 @pytest.mark.parametrize(
-    ("name", "n_cols"), [("F16", 768), ("Q5_0", 768), ("Q6_K", 768), ("Q4_K", 512), ("Q4_K", 1280)]
+    ("name", "n_cols"),
+    [*((name, 128) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")), ("Q4_K", 512), ("Q5_K", 512)],
+)
+def test_long_runs_of_short_rows(name, n_cols):
+    """More rows of few blocks than are multiplied in one run, times some tokens; in groups, runs end anywhere."""
+    fmt, rng = BY_NAME[name], np.random.default_rng(11)
+    data = [random_rows(fmt, 1039, n_cols, rng) for _ in range(3)]
+    x = whole_activations((3, n_cols), fmt.activation_group, rng)
+    addresses = np.array([d.ctypes.data for d in data])
+    for offsets in ([0, 3, 3, 3], [0, 1, 2, 3], [0, 0, 2, 3]):
+        found = products.grouped_linear(x, np.arange(3), np.array(offsets), fmt, addresses, 1039)
+        for d, begin, end in zip(data, offsets, offsets[1:], strict=False):
+            assert_close(found[begin:end], x[begin:end], decoded(fmt, d))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_cols"), [("F16", 768), ("Q5_0", 128), ("Q5_0", 768), ("Q6_K", 768), ("Q4_K", 512), ("Q4_K", 1280)]
 )
 def test_thread_count_changes_nothing(name, n_cols):
     fmt, rng = BY_NAME[name], np.random.default_rng(6)

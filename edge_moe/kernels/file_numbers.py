@@ -144,10 +144,10 @@ def table_lookup(table: Sequence[int]) -> Any:
     return lookup
 
 
-def _own_bit_is_set(builder: ir.IRBuilder, octets: ir.Value) -> ir.Value:
-    """Of 64 bytes in lanes i whether bit i % 8 is set."""
-    own_bit = constant(u8x64, [1 << i % 8 for i in range(64)])
-    return builder.icmp_unsigned("==", builder.and_(octets, own_bit), own_bit)
+def _are_set(builder: ir.IRBuilder, octets: ir.Value, bits: Sequence[int]) -> ir.Value:
+    """Of 64 bytes whether the bit is set that `bits` names for each of as many neighbours."""
+    masks = constant(u8x64, [1 << bits[i % len(bits)] for i in range(64)])
+    return builder.icmp_unsigned("==", builder.and_(octets, masks), masks)
 
 
 @intrinsic
@@ -165,21 +165,27 @@ def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) ->
         words = rearrange(builder, spread(builder, first, 8), range(16), spread(builder, second, 8))
         octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
         own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
-        return builder.or_(codes, builder.select(_own_bit_is_set(builder, own_octet), byte, constant(u8x64, 0)))
+        return builder.or_(codes, builder.select(_are_set(builder, own_octet, range(8)), byte, constant(u8x64, 0)))
 
     return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
 
 
-@intrinsic
-def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
-    """codes u8x64 + `value` where bit i % 8 of the byte is set that lane i of octets u8x64 holds."""
+def adder_of_bits(bits: Sequence[int]) -> Any:
+    """Make an operation: codes u8x64 + `value` where the bit of octets u8x64 is set that is named for the lane.
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        codes, octets, value = args
-        byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
-        return builder.select(_own_bit_is_set(builder, octets), builder.add(codes, byte), codes)
+    `bits` names those of as many neighbouring lanes.
+    """
 
-    return u8x64(u8x64, u8x64, types.int64), codegen
+    @intrinsic
+    def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            codes, octets, value = args
+            byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
+            return builder.select(_are_set(builder, octets, bits), builder.add(codes, byte), codes)
+
+        return u8x64(u8x64, u8x64, types.int64), codegen
+
+    return add_set_bits
 
 
 def bit_field(shifts: Sequence[int], mask: int) -> Any:

@@ -6,7 +6,7 @@ For few tokens a row's blocks are multiplied as they are; for many, 16 rows at a
 import numpy as np
 from numba import types
 
-from edge_moe.kernels import panels  # noqa: F401 (its methods of the formats)
+from edge_moe.kernels import panels, short_rows  # noqa: F401 (their methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import first_of_unit
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
@@ -48,6 +48,8 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     n_cols, row_bytes, tokens = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TOKENS)
     n_rows, out, begin, end = field(group, N_ROWS), field(group, OUT), field(group, BEGIN), field(group, END)
     address = _matrix(group) + row * row_bytes
+    if fmt.multiply_short_rows(address, row_end - row, n_cols, tokens, begin, end, out + 4 * row, n_rows, ahead):
+        return
     for r in range(row, row_end, ROWS_AT_ONCE):
         n = min(row_end - r, ROWS_AT_ONCE)
         for m in range(begin, end):
@@ -133,7 +135,7 @@ def _units_of_panels(fmt, plan, n_rows, scratch):
         if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
             _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
             continue
-        _few_tokens(fmt, plan, group, row, end, PREFETCH_BYTES, scratch)
+        _few_tokens(fmt, plan, group, row, end, types.int64(PREFETCH_BYTES), scratch)
 
 
 @kernel

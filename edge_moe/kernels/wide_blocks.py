@@ -13,7 +13,7 @@ from edge_moe.kernels.blocks import (
     twice,
 )
 from edge_moe.kernels.dots import stored_sign
-from edge_moe.kernels.file_numbers import add_set_bits, bit_field, from_half
+from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     convert,
@@ -35,6 +35,8 @@ from edge_moe.kernels.simd import (
 
 # ---- blocks of 32
 
+_add_set_bits = adder_of_bits(range(8))
+
 
 @overload_method(BlockFormat, "codes_of_four")
 def _codes_of_four(fmt, block):
@@ -52,7 +54,7 @@ def _codes_of_four(fmt, block):
         a, b = load(u8x64, block), load(u8x64, block + back)
         low, high = low_high_twice(nibbles_01(a), 0), low_high_twice(nibbles_23(b), 0)
         if bits:
-            low, high = add_set_bits(hidden(low), bits_01(a), 16), add_set_bits(hidden(high), bits_23(b), 16)
+            low, high = _add_set_bits(hidden(low), bits_01(a), 16), _add_set_bits(hidden(high), bits_23(b), 16)
         both = view(u16x64, join(a, b))
         if is_table:
             return stored_sign(iq4_value(low)), stored_sign(iq4_value(high)), scales_of(both), minimums_of(both)
@@ -97,6 +99,36 @@ def _factors_of_four(fmt, block, x_scales):
         return from_half(view(u16x8, words)) * _each_twice(x_scales)
 
     return factors_of_four
+
+
+@inline_kernel
+def _two_times_two_of_16(a, b, size):
+    """16 bytes at each of two addresses, and those `size` behind each."""
+    return join(join(load(u8x16, a), load(u8x16, a + size)), join(load(u8x16, b), load(u8x16, b + size)))
+
+
+@overload_method(SuperblockFormat, "scales_of_two_pairs")
+def _scales_of_two_pairs(fmt, a, b):
+    size = fmt.block_bytes
+
+    def scales_of_two_pairs(fmt, a, b):
+        """`scales_of_four` of two superblocks at each of two addresses."""
+        both = hidden(_scales_of_6_bits(_two_times_two_of_16(a, b, size)))
+        return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
+
+    return scales_of_two_pairs
+
+
+@overload_method(SuperblockFormat, "factors_of_two_pairs")
+def _factors_of_two_pairs(fmt, a, b, x_scales):
+    size = fmt.block_bytes
+
+    def factors_of_two_pairs(fmt, a, b, x_scales):
+        """`factors_of_four` of two superblocks at each of two addresses."""
+        words = _first_words(view(u32x16, _two_times_two_of_16(a, b, size)))
+        return from_half(view(u16x8, words)) * _each_twice(x_scales)
+
+    return factors_of_two_pairs
 
 
 @overload_method(SuperblockFormat, "nibble_codes")

@@ -27,7 +27,6 @@ from edge_moe.kernels.simd import (
     picker,
     prefetch_once,
     splat,
-    store,
     u8x64,
 )
 from edge_moe.kernels.target import TARGET
@@ -44,6 +43,10 @@ def is_wide(fmt: FormatTag) -> bool:
 
 # ---- superblocks of eight groups of 32
 
+# Of four superblocks' d and dmin one d in all lanes; all dmins. Stored and loaded instead, one in all lanes would be a
+# little cheaper: but the CPU may then take loads of weights for loads of what is stored, depending on where the code
+# happens to lie, and let them wait for it, which made rows up to 8 % slower from memory.
+_d_0, _d_1, _d_2, _d_3 = (picker([2 * k] * 16) for k in range(4))
 _four_dmins = picker([2 * (i // 4) + 1 for i in range(16)])
 # Of four superblocks with 8 scales and 8 minimums each the minimums; of 64 sums each those of 16 columns.
 _minimums = picker([16 * k + 8 + i for k in range(4) for i in range(8)])
@@ -85,24 +88,44 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
             for line in range(0, 4 * size, 64):
                 prefetch_once(ahead + step * size + line)
             ab, cd = fmt.scales_of_four(block)
-            factors = fmt.factors_of_four(block, lanes_from(step - i, load(f32x4, scales + 4 * i)))
-            # One number in all lanes is cheapest from memory, if LLVM does not know that it was stored just now.
-            store(scratch, factors)
-            stored = hidden(scratch)
+            factors = hidden(fmt.factors_of_four(block, lanes_from(step - i, load(f32x4, scales + 4 * i))))
             total = fmt.wide_sums_of_one(block, x_i, _a_01(ab), _a_23(ab))
-            even = fma(total, splat(f32x16, load(types.float32, stored)), even)
+            even = fma(total, _d_0(factors), even)
             total = fmt.wide_sums_of_one(block + size, x_i + 256, _b_01(ab), _b_23(ab))
-            odd = fma(total, splat(f32x16, load(types.float32, stored + 8)), odd)
+            odd = fma(total, _d_1(factors), odd)
             total = fmt.wide_sums_of_one(block + 2 * size, x_i + 512, _a_01(cd), _a_23(cd))
-            even = fma(total, splat(f32x16, load(types.float32, stored + 16)), even)
+            even = fma(total, _d_2(factors), even)
             total = fmt.wide_sums_of_one(block + 3 * size, x_i + 768, _b_01(cd), _b_23(cd))
-            odd = fma(total, splat(f32x16, load(types.float32, stored + 24)), odd)
+            odd = fma(total, _d_3(factors), odd)
             both = join(load(i16x32, sums + 32 * i), load(i16x32, sums + 32 * i + 64))
             weighted = pair_dot(_minimums(join(ab, cd)), _even(both) + _odd(both))
             minimums = fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
         return (even + odd) - minimums
 
     return wide_row_total
+
+
+@inlined_method(SuperblockFormat, "wide_totals_of_two")
+def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+    size = fmt.block_bytes
+
+    def wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+        """Of two rows of two superblocks f32x16 each, without their minimums; and those f32x16, 8 lanes for each row.
+
+        x: codes in the order of nibbles; x_scales: f32x4, the two once more; x_sums: i16x32 of each 32 columns, too.
+        """
+        ab, cd = fmt.scales_of_two_pairs(a, b)
+        factors = hidden(fmt.factors_of_two_pairs(a, b, x_scales))
+        first = fmt.wide_sums_of_one(a, x, _a_01(ab), _a_23(ab)) * _d_0(factors)
+        second = fmt.wide_sums_of_one(a + size, x + 256, _b_01(ab), _b_23(ab))
+        total_a = fma(second, _d_1(factors), first)
+        first = fmt.wide_sums_of_one(b, x, _a_01(cd), _a_23(cd)) * _d_2(factors)
+        second = fmt.wide_sums_of_one(b + size, x + 256, _b_01(cd), _b_23(cd))
+        total_b = fma(second, _d_3(factors), first)
+        weighted = pair_dot(_minimums(join(ab, cd)), x_sums)
+        return total_a, total_b, convert(f32x16, weighted) * _four_dmins(factors)
+
+    return wide_totals_of_two
 
 
 # ---- blocks of 32
