@@ -108,7 +108,7 @@ def slow_attention(kind, tokens, start, scale):
 def attention_in_one_byte(tokens, start, scale):
     """The same for an int8 cache, where probabilities in one byte are enough: f64[T,H,R], and what may be in doubt.
 
-    Of each 256 tokens, where the sums of all heads of a tile are at least eight times the largest probability: those
+    Of each 256 tokens, where the sums of all heads of a tile are at least sixteen times the largest probability: those
     times the latents' steps, in 1/255ths of the largest step, cut to whole numbers behind a fixed pattern of fractions.
     """
     q_latent, q_pe, c_kv, k_pe = tokens
@@ -128,7 +128,7 @@ def attention_in_one_byte(tokens, start, scale):
             for tile in range(0, n_heads, HEADS):
                 heads = slice(tile, min(n_heads, tile + HEADS))
                 share = (np.exp(largest[heads] - tops[heads]) / totals[heads])[:, None]
-                if p[heads].sum(1).min() < 8 * 255 // MAX_HIGH or (n_heads - tile < HEADS and t + 1 - first < 4):
+                if p[heads].sum(1).min() < 16 * 255 // MAX_HIGH or (n_heads - tile < HEADS and t + 1 - first < 4):
                     out[t - start, heads] += share * (p[heads] @ latents[seen])
                     continue
                 for dim in range(0, rank, 128):

@@ -67,7 +67,7 @@ PREFETCH_BYTES = 8192
 GROUP = 128  # dims that share a token's scale
 BLOCK_TOKENS = 16
 MAX_CODE = 127
-FLAT_SUM = 8 * 255 // MAX_HIGH  # where a chunk's probabilities are so many times their largest, one byte is enough
+FLAT_SUM = 16 * 255 // MAX_HIGH  # where a chunk's probabilities are so many times their largest, one byte is enough
 MAX_ROPE_KEY = 4095  # a sum of products with queries must stay within 32 bits
 
 
@@ -378,7 +378,7 @@ def clear_behind(vector, n):
 def _one_byte_is_enough(sums):
     """Whether a chunk's probabilities may be rounded to one byte; f32 [heads], their sums, the largest being 1.
 
-    The errors of 256 tokens are then together about a 40th of the largest probability, and less than a 300th of the
+    The errors of 256 tokens are then together about a 40th of the largest probability, and less than a 600th of the
     sum: less than the codes' own rounding costs.
     """
     is_enough = BY_BYTES
