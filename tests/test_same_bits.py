@@ -9,7 +9,9 @@ import pytest
 
 from edge_moe.kernels import steps
 from edge_moe.kernels.blocks import TAGS
+from edge_moe.kernels.jit import kernel
 from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.routing import route_row
 
 OUT, NEAR = 20000, 600  # where the output lies in memory, and how far on both sides others are moved to
 
@@ -62,6 +64,27 @@ def test_rope(n_heads, n_pairs):
         run(steps.rope_step, [0, n_heads, n_pairs, addresses[0], 8 * n_pairs, *addresses[1:], out])
 
     assert len(results(rope, [x, cos, sin], x.size)) == 1
+
+
+@kernel
+def _route(logits, bias, sigmoid, scratch, ids, weights):
+    route_row(logits, bias, sigmoid, (1, 1, 1), True, 1.5, scratch, ids, weights)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("n", [16, 64])
+def test_route(n, sigmoid):
+    """Wherever its scratch lies, which each thread takes anew for each token."""
+    memory, n_scratch, found = np.zeros(8192, np.float32), 2 * n, set()
+    bias, ids, weights = np.zeros(n, np.float32), np.empty(6, np.int64), np.empty(6, np.float32)
+    for at in range(2000, 4000):
+        if 3000 - n_scratch < at < 3000 + n:
+            continue  # they would overlap
+        logits, scratch = memory[3000 : 3000 + n], memory[at : at + n_scratch].reshape(2, n)
+        logits[:] = np.random.default_rng(n).standard_normal(n) * 3
+        _route(logits, bias, sigmoid, scratch, ids, weights)
+        found.add(ids.tobytes() + weights.tobytes())
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("n", [8, 40])
