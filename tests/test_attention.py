@@ -128,7 +128,7 @@ def attention_in_one_byte(tokens, start, scale):
             for tile in range(0, n_heads, HEADS):
                 heads = slice(tile, min(n_heads, tile + HEADS))
                 share = (np.exp(largest[heads] - tops[heads]) / totals[heads])[:, None]
-                if p[heads].sum(1).min() < 16 * 255 // MAX_HIGH or (n_heads - tile < HEADS and t + 1 - first < 4):
+                if p[heads].sum(1).min() < 16 * 255 // MAX_HIGH:
                     out[t - start, heads] += share * (p[heads] @ latents[seen])
                     continue
                 for dim in range(0, rank, 128):
