@@ -56,10 +56,10 @@ _first_16 = picker(range(16))
 
 
 @inlined_method(FloatFormat, "row_total")
-def _float_row_total(fmt, row, x, n_cols, ahead, scratch):
+def _float_row_total(fmt, row, x, n_cols, ahead):
     size = fmt.block_bytes
 
-    def row_total(fmt, row, x, n_cols, ahead, scratch):
+    def row_total(fmt, row, x, n_cols, ahead):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
             prefetch_once(ahead + i * size)
@@ -86,10 +86,10 @@ def _add_pair(fmt, first, second, x, scales, total):
 
 
 @inlined_method(BlockFormat, "row_total")
-def _block_row_total(fmt, row, x, n_cols, ahead, scratch):
+def _block_row_total(fmt, row, x, n_cols, ahead):
     size, offset = fmt.block_bytes, fmt.offset
 
-    def row_total(fmt, row, x, n_cols, ahead, scratch):
+    def row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
@@ -141,10 +141,10 @@ def _factors_of_two(fmt, a, b):
 
 
 @inlined_method(SuperblockFormat, "narrow_row_total")
-def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
+def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
     size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
-    def narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
+    def narrow_row_total(fmt, row, x, n_cols, ahead):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
         scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 256)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
@@ -170,13 +170,13 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead, scratch):
 
 
 @inlined_method(SuperblockFormat, "row_total")
-def _superblock_row_total(fmt, row, x, n_cols, ahead, scratch):
+def _superblock_row_total(fmt, row, x, n_cols, ahead):
     wide = is_wide(fmt)
 
-    def row_total(fmt, row, x, n_cols, ahead, scratch):
+    def row_total(fmt, row, x, n_cols, ahead):
         if wide and n_cols >= 1024:
-            return fmt.wide_row_total(row, x, n_cols, ahead, scratch)
-        return fmt.narrow_row_total(row, x, n_cols, ahead, scratch)
+            return fmt.wide_row_total(row, x, n_cols, ahead)
+        return fmt.narrow_row_total(row, x, n_cols, ahead)
 
     return row_total
 
@@ -192,12 +192,12 @@ def _sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
     four_at_once = is_wide(fmt) and isinstance(fmt, BlockFormat)
 
     def sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
-        """Up to four rows times one token's record: f32x4. Scratch has room for five registers."""
+        """Up to four rows times one token's record: f32x4. Scratch has room for four registers."""
         if four_at_once and n_cols % 128 == 0:
             return fmt.wide_sums(row, row_bytes, n_rows, x, n_cols, ahead)
         for r in range(n_rows):
             address = row + r * row_bytes
-            store(scratch + 64 * r, fmt.row_total(address, x, n_cols, ahead + r * row_bytes, scratch + 256))
+            store(scratch + 64 * r, fmt.row_total(address, x, n_cols, ahead + r * row_bytes))
         a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
         return quarter_sums(quarters(a, b, load(f32x16, scratch + 128), load(f32x16, scratch + 192)))
 

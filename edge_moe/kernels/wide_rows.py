@@ -74,10 +74,10 @@ def _wide_sums_of_one(fmt, block, x, scales_01, scales_23):
 
 
 @inlined_method(SuperblockFormat, "wide_row_total")
-def _superblock_wide_row_total(fmt, row, x, n_cols, ahead, scratch):
+def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
     size = fmt.block_bytes
 
-    def wide_row_total(fmt, row, x, n_cols, ahead, scratch):
+    def wide_row_total(fmt, row, x, n_cols, ahead):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
         scales, sums, codes = x + scales_offset(n_cols), x + sums_offset(n_cols, 256), x + nibbles_offset(n_cols)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
