@@ -103,7 +103,7 @@ def test_activation_and_weighted_sum(n):
     assert len(results(weighted_sum, [np.concatenate([gate, up]), weights], n)) == 1
 
 
-SCRIPT = """
+NORM_AND_ROPE = """
 import numpy as np
 from edge_moe.kernels.elementwise import rms_norm, rope_pairs
 rng = np.random.default_rng(0)
@@ -111,12 +111,27 @@ x, cos, sin = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 
 norm = rms_norm(x.reshape(32, 32), cos.reshape(-1)[:32], np.float32(1e-5))
 print(rope_pairs(x, cos, sin).tobytes().hex(), norm.tobytes().hex())
 """
+# All kinds in one process: a kernel's helpers are what the first kernel with them was given.
+GROUPED_ATTENTION = """
+from types import SimpleNamespace
+import numpy as np
+from edge_moe.kv_cache import KvCache
+rng = np.random.default_rng(0)
+config = SimpleNamespace(
+    num_key_value_heads=3, head_dim=64, sliding_window=None, num_hidden_layers=1, max_position_embeddings=512
+)
+q, k, v = (rng.standard_normal((256, n, 64)).astype(np.float32) for n in (9, 3, 3))
+for kind in ("bf16", "int8", "f32"):
+    cache = KvCache(config, 512, kind)
+    print(cache.attend(0, q, k, v, 0.125, 1).tobytes().hex())
+"""
 
 
-def test_what_was_just_compiled_rounds_as_what_is_loaded(tmp_path):
+@pytest.mark.parametrize("script", [NORM_AND_ROPE, GROUPED_ATTENTION])
+def test_what_was_just_compiled_rounds_as_what_is_loaded(script, tmp_path):
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", script],
             env=os.environ | {"EDGE_MOE_CACHE_DIR": str(tmp_path)},
             capture_output=True,
             check=True,

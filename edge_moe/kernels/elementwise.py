@@ -15,10 +15,7 @@ _WORTH_THREADS = 65536  # values; waking other threads takes longer than working
 
 @inline_kernel
 def rms_norm_row(x, weight, eps, out):
-    """RMSNorm of one row. x, weight and out f32[D], contiguous.
-
-    In vectors by hand: LLVM's own would add in another order in each kernel that this becomes part of.
-    """
+    """RMSNorm of one row. x, weight and out f32[D], contiguous."""
     n = x.shape[0]
     whole = n & ~15
     xs, weights, outs = address_of(x), address_of(weight), address_of(out)
@@ -53,8 +50,6 @@ def rope_row(x, cos, sin, out):
     """Rotate adjacent pairs of one row. x and out f32[P], cos and sin f32[P/2]."""
     for i in range(cos.shape[0]):
         even, odd = x[2 * i], x[2 * i + 1]
-        # Which product is fused into the sum is said here: LLVM chooses one in a kernel that was just compiled and
-        # another in the same one from the cache.
         out[2 * i] = fma(even, cos[i], -(odd * sin[i]))
         out[2 * i + 1] = fma(even, sin[i], odd * cos[i])
 

@@ -19,11 +19,11 @@ from numba.extending import overload_method, register_jitable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# reassoc lets LLVM vectorize sums, contract allows fused multiply-add; nnan and ninf are left out: masks use -inf.
-FASTMATH = frozenset({"reassoc", "contract", "nsz", "arcp"})
 FLAGS: dict[str, Any] = {
     "nogil": True,  # I/O and other requests go on while a kernel runs
-    "fastmath": set(FASTMATH),
+    # LLVM would add and fuse in one order here and in another there: which copy of a helper a kernel gets depends on
+    # what was compiled before it, and results with it. Kernels say what is a vector's sum and what is fused.
+    "fastmath": False,
     "error_model": "numpy",  # no branch for division by zero in inner loops
     "boundscheck": False,  # shapes and offsets are checked before a kernel is called
 }

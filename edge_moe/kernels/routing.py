@@ -15,9 +15,6 @@ def _probabilities(logits, sigmoid, out):
     total = np.float32(0.0)
     for e in range(logits.shape[0]):
         out[e] = np.exp(logits[e] - top)
-    # in a loop of its own: LLVM makes two of one that reads and writes, for memory far apart and not, which add in
-    # different orders, and where `out` lies differs from thread to thread
-    for e in range(logits.shape[0]):
         total += out[e]
     for e in range(logits.shape[0]):
         out[e] /= total

@@ -4,8 +4,8 @@ Source: DeepSeek-V2, arXiv 2405.04434, section 2 (MLA 2.1, DeepSeekMoE 2.2); Dee
 Shapes: T tokens, H heads, D hidden, R kv_lora_rank, N nope, P rope, V value head, E experts, K active, F expert width.
 
 Products are `fine` where rounding their input to 8 bits would cost most of the accuracy that it costs at all: the dense
-layers, whose outputs are large and come before every router; the latents, of which all keys and values are made; the
-values that attention brings back; the head.
+layers, whose outputs are large and come before every router; the shared experts, through which all tokens pass; the
+latents, of which all keys and values are made; the values that attention brings back; the head.
 """
 
 from dataclasses import dataclass

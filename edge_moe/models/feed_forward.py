@@ -58,9 +58,10 @@ def feed_forward(
     *,
     fine: bool = False,
 ) -> Array:
-    """A dense MLP, its products fine if wanted, or routed experts plus the shared ones. x f32[T,D] -> f32[T,D].
+    """A dense MLP, or routed experts plus the shared ones, an MLP, too. x f32[T,D] -> f32[T,D].
 
-    Where experts may have to be read, those of the following layer are guessed from h f32[T,D], what x is made of.
+    The products of an MLP are fine if wanted. Where experts may have to be read, those of the following layer are
+    guessed from h f32[T,D], what x is made of.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.2; without shared experts Mixtral, arXiv 2401.04088, section 2.1.
     """
     if isinstance(w, MLP):
@@ -69,7 +70,8 @@ def feed_forward(
     experts = w.experts
     ops.request(ids, experts.down_proj)
     if w.shared_experts is not None:  # while the others arrive
-        shared = ops.gated_mlp(x, w.shared_experts.gate_proj, w.shared_experts.up_proj, w.shared_experts.down_proj)
+        s = w.shared_experts
+        shared = ops.gated_mlp(x, s.gate_proj, s.up_proj, s.down_proj, fine=fine)
     if ops.looks_ahead and h is not None and following is not None and isinstance(following.mlp, MoE):
         next_x = ops.norm(h, following.post_attention_layernorm, eps)
         ops.prefetch(route(ops, following.mlp, next_x)[0], following.mlp.experts.down_proj)
