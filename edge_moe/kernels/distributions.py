@@ -11,8 +11,8 @@ _LN_2 = np.float32(0.6931471805599453)
 _LEAST = np.float32(-87.0)  # exp of less is no normal f32
 _NOTHING = np.float32(-80.0)  # a probability below exp of this adds nothing to a divergence
 _CLOSE = np.float32(0.25)
-# Terms are computed so many at a time, in a loop that LLVM vectorizes, and added to a sum for each lane: it may not make
-# these of a single sum, since their order is another.
+# So many terms are computed at a time, in a loop that LLVM vectorizes, and added to a sum for each lane: it may not
+# make lanes of a single sum, since their order is another.
 _TERMS, _LANES = 512, 16
 
 
