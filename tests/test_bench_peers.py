@@ -41,6 +41,7 @@ class Engines:
         return speed
 
     def read(self):
+        self.calls.append("read")
         return 1e10
 
 
@@ -49,17 +50,18 @@ def test_both_take_turns(bench, tmp_path):
     log, engines = bench.Log(tmp_path / "log.jsonl", SETUP), Engines(bench)
     steps = []
     bench.measure(log, tests, 2, engines.speeds, engines.read, lambda *step: steps.append(step[:2]))
-    first = [(bench.OURS, "tg8@d256"), (bench.THEIRS, "tg8@d256"), (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
-    second = [(bench.THEIRS, "tg8@d256"), (bench.OURS, "tg8@d256"), (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
+    ours = ["read", (bench.OURS, "tg8@d256"), "read"]
+    first = [*ours, (bench.THEIRS, "tg8@d256"), (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
+    second = [(bench.THEIRS, "tg8@d256"), *ours, (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
     assert engines.calls == first + second
-    assert steps == [(i, 10) for i in range(10)]
+    assert steps == [(i, 12) for i in range(12)]
 
 
 @pytest.mark.parametrize("torn", ["", '{"round": 2, "who": "edge', '{"round": 2}'])
 def test_a_cut_run_goes_on_where_it_stopped(bench, tmp_path, torn):
     tests = [bench.Test("tg", 8), bench.Test("pp", 32)]
     path = tmp_path / "log.jsonl"
-    stopped = Engines(bench, stop_after=5)
+    stopped = Engines(bench, stop_after=8)
     with pytest.raises(KeyboardInterrupt):
         bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.read)
     path.write_text(path.read_text() + torn)
@@ -83,16 +85,21 @@ def test_a_log_of_another_setup_is_refused(bench, tmp_path):
 
 def test_medians_ratios_and_bounds(bench, tmp_path):
     log, test = bench.Log(tmp_path / "log.jsonl", SETUP), bench.Test("tg", 11, 100)
-    for number, (ours, theirs, read) in enumerate([(10, 5, 4e9), (12, 8, 2e9), (20, 4, 3e9)], start=1):
+    for number, (ours, theirs, reads) in enumerate(
+        [(10, 5, (14200, 28400)), (12, 8, (14200, 14200)), (20, 4, (42600, 42600))], start=1
+    ):
+        log.add({"round": number, "who": bench.MEMORY, "test": f"before {test.name}", "value": reads[0]})
         for who, name, value in ((bench.OURS, test.name, ours), (bench.THEIRS, test.name, theirs)):
             log.add({"round": number, "who": who, "test": name, "value": value})
-        log.add({"round": number, "who": "memory", "test": "read", "value": read})
+        log.add({"round": number, "who": bench.MEMORY, "test": f"after {test.name}", "value": reads[1]})
     found = bench.report(log, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
     (row,) = found["tests"]
     assert (row["ours_tok_per_s"], row["llama_tok_per_s"], row["ratio"]) == (12, 5, 2)
     assert (row["ratio_min"], row["ratio_max"]) == (1.5, 5)
     assert row["bytes_per_token"] == 1000 + 4 * (100 + 5)  # halfway through the 11 tokens
-    assert row["bound_tok_per_s"] == 4e9 / row["bytes_per_token"]  # the most that the memory gave
+    assert row["bound_runs"] == [15, 10, 30]  # of what the memory gave around each run
+    assert (row["bound_tok_per_s"], row["bound_share"]) == (15, 10 / 15)
+    assert (found["read_bytes_per_s"], len(found["read_runs"])) == (21300, 6)
     bench.plot(tmp_path / "plot.svg", "title", found)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
