@@ -28,7 +28,8 @@ from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
-SHARED_OPERATIONS = 100_000  # from so many on a step is shared between threads: some 10 microseconds
+SHARED_OPERATIONS = 30_000  # from so many on a step is shared between threads: some 3 microseconds
+SILU_OPERATIONS = 8  # what silu costs beside a multiplication
 NUMBERS = TAGS["F32"]  # stands for the block format where a kernel has none
 
 
@@ -107,6 +108,7 @@ class Recorder:
         self._free: dict[int, list[np.ndarray]] = {}  # memory by its size
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
+        self._quantized: tuple[np.ndarray, dict[tuple[int, bool], Inputs]] | None = None  # the last input
 
     def rotations(self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
         """cos and sin f32[1,P/2] of the token's position, renewed before each run."""
@@ -287,9 +289,12 @@ class Recorder:
 
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> np.ndarray:
         """down(silu(gate x) * (up x)), all products fine or none. x f32[1,D] -> f32[1,D]."""
-        if fine:
-            return self.linear(self._silu_multiply(*self.linear(x, fine=(gate, up))), fine=(down,))[0]
-        return self.linear(self._silu_multiply(*self.linear(x, gate, up)), down)[0]
+        gate_out, up_out = self.linear(x, fine=(gate, up)) if fine else self.linear(x, gate, up)
+        is_fine = fine and down.has_8_bits
+        out = self._empty(2 if is_fine else 1, down.shape[0])
+        inputs = self._gated(gate_out, up_out, down.format.activation_group, is_fine)
+        self._product(down, inputs, [Matrix(down.address, down.shape[0], 0, out)])
+        return self.add(out[:1], out[1:]) if is_fine else out
 
     def experts(
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
@@ -314,10 +319,9 @@ class Recorder:
         else:
             self._product(gate, records[gate.format.activation_group], gates)
             self._product(up, records[up.format.activation_group], ups)
-        gated = self._silu_multiply(gate_out, up_out)
-        out = self._empty(top_k, down.shape[1])
+        out, gated = self._empty(top_k, down.shape[1]), self._gated(gate_out, up_out, down.format.activation_group)
         downs = [chosen(down, 2, k, k, out[k : k + 1]) for k in range(top_k)]
-        self._product(down, self._quantize(gated, down.format.activation_group), downs)
+        self._product(down, gated, downs)
         positions = np.arange(top_k)
         self.keep.append(positions)
         plan = [0, top_k, down.shape[1], _address(out), _address(positions), _address(weights), _address(total)]
@@ -400,17 +404,40 @@ class Recorder:
 
         If fine, behind them what int8 leaves of each.
         """
-        rows, n_records = self._contiguous(x), 2 * len(x) if is_fine else len(x)
-        first, stride = _address(rows), rows.strides[0]
-        if group:
-            stride = record_bytes(x.shape[1], group)
-            records = self._empty(n_records * stride + 64, dtype=np.uint8)
-            source, first = first, (_address(records) + 63) & ~63
-            plan = [0, len(x), source, first, stride, x.shape[1], group, is_fine]
+        if not group:
+            return self._inputs(x, len(x), _address(x), x.strides[0])
+        if self._quantized is None or self._quantized[0] is not x:
+            self._quantized = x, {}  # several products of one input follow each other
+        known = self._quantized[1]
+        if (group, is_fine) not in known:
+            records, first, stride = self._records(len(x), x.shape[1], group, is_fine)
+            plan = [0, len(x), _address(x), first, stride, x.shape[1], group, is_fine, x.strides[0]]
             self._step(quantize_units, plan, operations=4 * x.size if len(x) > QUANTIZE_ROWS else 0)
-        table = first + stride * np.arange(n_records, dtype=np.int64)
+            known[group, is_fine] = self._inputs(records, (1 + is_fine) * len(x), first, stride)
+        return known[group, is_fine]
+
+    def _gated(self, gate: np.ndarray, up: np.ndarray, group: int, is_fine: bool = False) -> Inputs:
+        """silu(gate) * up as products want it, rows and what they leave as above. f32[M,C], f32[M,C]."""
+        if not group:
+            out = self._empty(*gate.shape)
+            self._step(steps.silu_step, [0, gate.size, _address(gate), _address(up), _address(out)])
+            return self._inputs(out, len(out), _address(out), out.strides[0])
+        n_rows, n_cols = gate.shape
+        records, first, stride = self._records(n_rows, n_cols, group, is_fine)
+        plan = [0, n_rows, _address(gate), _address(up), first, stride, n_cols, group, is_fine]
+        self._step(steps.gated_units, plan, operations=SILU_OPERATIONS * gate.size if n_rows > 1 else 0)
+        return self._inputs(records, (1 + is_fine) * n_rows, first, stride)
+
+    def _records(self, n_rows: int, n_cols: int, group: int, is_fine: bool) -> tuple[np.ndarray, int, int]:
+        """Memory of records, where they begin, and the bytes from one to the next."""
+        stride = record_bytes(n_cols, group)
+        memory = self._empty((1 + is_fine) * n_rows * stride + 64, dtype=np.uint8)
+        return memory, (_address(memory) + 63) & ~63, stride
+
+    def _inputs(self, memory: np.ndarray, n: int, first: int, stride: int) -> Inputs:
+        table = first + stride * np.arange(n, dtype=np.int64)
         self.keep.append(table)
-        return Inputs(table, records if group else rows)
+        return Inputs(table, memory)
 
     def _product(
         self,
@@ -427,8 +454,3 @@ class Recorder:
             place = _address(out) - 4 * record * n_rows
             plan += (address, n_rows, record, record + len(out), place, rows_end, 0, stride, choice)
         self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
-
-    def _silu_multiply(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        out = self._empty(*gate.shape)
-        self._step(steps.silu_step, [0, gate.size, _address(gate), _address(up), _address(out)])
-        return out

@@ -156,7 +156,7 @@ def _store_32(x, inverse, record):
 
 
 @inline_kernel
-def _quantize_row(x, record, n_cols, group):
+def _quantize(x, record, n_cols, group):
     """x f32[n_cols] at an address -> its record at another."""
     if group == 32:
         _quantize_32(x, record, n_cols)
@@ -186,28 +186,36 @@ def _store_zeros(address, n_bytes):
         store(address + i, types.int32(0))
 
 
+@inline_kernel
+def quantize_row(x, record, rest_record, rest, n_cols, group):
+    """x f32[n_cols] at an address -> its record at another, and a record of what rounding leaves if there is a place.
+
+    rest: scratch f32[n_cols].
+    """
+    _quantize(x, record, n_cols, group)
+    if rest_record:
+        _store_rest(x, record, rest, n_cols, group)
+        _quantize(rest, rest_record, n_cols, group)
+
+
 @kernel
 def quantize_units(fmt, plan):
     """Quantize rows as long as the plan has some.
 
-    Plan: i64 counter, n_rows, x, records, record_bytes, n_cols, group, is_fine. If fine, the records of what is left of
-    the rows lie behind those of all rows.
+    Plan: i64 counter, n_rows, x, records, record_bytes, n_cols, group, is_fine, bytes from row to row. If fine, the
+    records of what is left of the rows lie behind those of all rows.
     """
     n_rows, x, records = load(types.int64, plan + 8), load(types.int64, plan + 16), load(types.int64, plan + 24)
     stride, n_cols, group = load(types.int64, plan + 32), load(types.int64, plan + 40), load(types.int64, plan + 48)
-    is_fine = load(types.int64, plan + 56)
+    is_fine, x_stride = load(types.int64, plan + 56), load(types.int64, plan + 64)
     memory = np.empty(n_cols if is_fine else 0, np.float32)
-    rest = address_of(memory)
     while True:
         start = fetch_add(plan, QUANTIZE_ROWS)
         if start >= n_rows:
             return memory.size  # the memory must live until here
         for i in range(start, min(start + QUANTIZE_ROWS, n_rows)):
-            row, record = x + i * n_cols * 4, records + i * stride
-            _quantize_row(row, record, n_cols, group)
-            if is_fine:
-                _store_rest(row, record, rest, n_cols, group)
-                _quantize_row(rest, record + n_rows * stride, n_cols, group)
+            rest_record = records + (n_rows + i) * stride if is_fine else types.int64(0)
+            quantize_row(x + i * x_stride, records + i * stride, rest_record, address_of(memory), n_cols, group)
 
 
 @kernel

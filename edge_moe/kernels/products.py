@@ -30,7 +30,7 @@ FINE_TOKENS, FINE_NUMBERS = 64, 1 << 23  # at a time, where results are many: bo
 @kernel
 def _quantize(quantize, group, x, records, stride, is_fine, n_threads):
     """x f32[M, C] -> records of activations at an address, behind them if fine those of what they leave of x."""
-    plan = np.array([0, x.shape[0], address_of(x), records, stride, x.shape[1], group, is_fine])
+    plan = np.array([0, x.shape[0], address_of(x), records, stride, x.shape[1], group, is_fine, 4 * x.shape[1]])
     launch(quantize, address_of(plan), (x.shape[0] + QUANTIZE_ROWS - 1) // QUANTIZE_ROWS, 4 * x.size, n_threads)
     return plan.size  # the plan must live until here
 

@@ -1,7 +1,7 @@
 """What happens between the products when one token is run, as kernels on plans (see launch.py).
 
 A plan is int64[]: field 0 counts the units taken, the others are numbers and addresses; floats are given by their f64
-bits. Each of these steps is too small to share between threads: it is one unit.
+bits. Most of these steps are too small to share between threads: they are one unit.
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
+from edge_moe.kernels.activations import quantize_row
 from edge_moe.kernels.elementwise import rms_norm_row, rope_row, silu_multiply_row, weighted_sum_row
 from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.routing import route_row
-from edge_moe.kernels.simd import fetch_add, load
+from edge_moe.kernels.simd import address_of, fetch_add, load
 
 _FLOATS, _INTEGERS = types.CPointer(types.float32), types.CPointer(types.int64)
 
@@ -107,6 +108,26 @@ def silu_step(fmt, plan):
     n = _number(plan, 1)
     silu_multiply_row(_floats(_number(plan, 2), n), _floats(_number(plan, 3), n), _floats(_number(plan, 4), n))
     return 0
+
+
+@kernel
+def gated_units(fmt, plan):
+    """silu(gate) * up, a row a unit, as records of int8.
+
+    Plan: counter, n_rows, gate, up, records, record_bytes, n_cols, group, is_fine. If fine, the records of what is left
+    of the rows lie behind those of all rows.
+    """
+    n_rows, n_cols, records, stride = _number(plan, 1), _number(plan, 6), _number(plan, 4), _number(plan, 5)
+    memory = np.empty((2, n_cols), np.float32)
+    x, rest = address_of(memory), address_of(memory) + 4 * n_cols
+    while True:
+        i = fetch_add(plan, 1)
+        if i >= n_rows:
+            return memory.size  # the memory must live until here
+        gate = _floats(_number(plan, 2) + 4 * i * n_cols, n_cols)
+        silu_multiply_row(gate, _floats(_number(plan, 3) + 4 * i * n_cols, n_cols), memory[0])
+        rest_record = records + (n_rows + i) * stride if _number(plan, 8) else types.int64(0)
+        quantize_row(x, records + i * stride, rest_record, rest, n_cols, _number(plan, 7))
 
 
 @kernel
