@@ -14,6 +14,10 @@ import edge_moe
 from edge_moe.backends.cpu import CpuBackend
 from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.errors import ShapeError
+from edge_moe.kernels.activations import quantize_units
+from edge_moe.kernels.blocks import TAGS
+from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.steps import gated_units
 from edge_moe.models.deepseek2 import DeepseekV2, load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,3 +137,50 @@ def test_buffers_are_given_again():
     assert recorder.add(x, x).ctypes.data != place
     del part
     assert recorder.add(x, x).ctypes.data == place
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("n_rows", "n_cols", "group"), [(1, 256, 256), (6, 512, 256), (3, 96, 32), (7, 1408, 32)])
+def test_gated_rows(n_rows, n_cols, group, n_threads):
+    """Records of silu(gate) * up: each number to half a step, with the records of what is left to half of theirs."""
+    rng = np.random.default_rng(n_cols)
+    gate, up = (3 * rng.standard_normal((n_rows, n_cols)).astype(np.float32) for _ in range(2))
+    expected = (silu(gate.astype(np.float64)) * up).reshape(n_rows, -1, group)
+    stride = -(-n_cols * 4 // 64) * 64  # more than enough
+    memory = np.zeros((2 * n_rows, stride), np.uint8)
+    plan = [0, n_rows, gate.ctypes.data, up.ctypes.data, memory.ctypes.data, stride, n_cols, group, 1]
+    plan = np.array(plan, np.int64)
+    launch(compiled_address(gated_units, TAGS["F32"]), plan.ctypes.data, n_rows, 10**9, n_threads)
+    codes = memory[:, :n_cols].view(np.int8).reshape(2, n_rows, -1, group).astype(np.float64)
+    first = -(-n_cols // 64) * 64  # scales follow the codes, which are filled up to a multiple of 64
+    scales = np.ascontiguousarray(memory[:, first : first + n_cols // group * 4]).view(np.float32)
+    steps = scales.reshape(2, n_rows, -1, 1).astype(np.float64)
+    assert (np.abs(codes[0]).max(-1) == 127).all()
+    rounding = 1e-6 * np.abs(expected).max()
+    assert (np.abs(codes[0] * steps[0] - expected) <= 0.5 * steps[0] + rounding).all()
+    assert (np.abs((codes * steps).sum(0) - expected) <= 0.5 * steps[1] + rounding).all()
+    assert steps[1].max() < steps[0].max() / 200
+
+
+def test_an_input_is_rounded_once():
+    """However many products take it, in each form that they want."""
+    weights = load_weights(edge_moe.load().checkpoint)
+    layer = next(each for each in weights.layers if hasattr(each.mlp, "experts"))
+    shared, recorder = layer.mlp.shared_experts, Recorder(1)
+    x, other = (np.zeros((1, shared.gate_proj.shape[1]), np.float32) for _ in range(2))
+    rounds = compiled_address(quantize_units, TAGS["F32"])
+
+    def rounded(call):
+        before = len(recorder.steps)
+        call()
+        return sum(step[0] == rounds for step in recorder.steps[before:])
+
+    assert rounded(lambda: recorder.linear(x, shared.gate_proj)) == 1
+    assert rounded(lambda: recorder.linear(x, shared.up_proj)) == 0
+    assert rounded(lambda: recorder.linear(x, fine=(shared.up_proj,))) == 1
+    assert rounded(lambda: recorder.linear(other, shared.gate_proj)) == 1
+    assert rounded(lambda: recorder.linear(x, shared.gate_proj)) == 1  # its records may have been given away
