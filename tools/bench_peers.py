@@ -40,7 +40,7 @@ OURS, THEIRS, MEMORY = "edge_moe", "llama.cpp", "memory"
 BEFORE, AFTER = "before", "after"
 CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
 READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
-READ_PASSES = 5
+READ_PASSES = 9
 READ_AHEAD = 4096
 
 
@@ -126,7 +126,7 @@ def sum_words(words, n_parts):
 
 
 def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
-    """The best speed of reading n_bytes of memory in order with `threads` threads."""
+    """The speed of reading n_bytes of memory in order with `threads` threads: the median of passes."""
     import psutil
 
     from edge_moe.kernels.elementwise import set_threads
@@ -134,14 +134,14 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
     words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
     set_threads(threads)
-    best = 0.0
+    speeds = []
     for _ in range(READ_PASSES + 1):
         started = time.perf_counter()
         total = sum_words(words, threads)
         if int(total) != words.size:
             raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
-        best = max(best, words.nbytes / (time.perf_counter() - started))
-    return best
+        speeds.append(words.nbytes / (time.perf_counter() - started))
+    return float(statistics.median(speeds[1:]))
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def execute(args: argparse.Namespace) -> None:
         "kv": args.kv,
         "llama_kv": args.llama_kv or args.kv,
         "repetitions": args.repetitions,
-        "memory": f"read {BEFORE} and {AFTER}",
+        "memory": f"read {BEFORE} and {AFTER}, medians",
     }
     log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
     engines = {OURS: lambda test: our_speed(args, test), THEIRS: lambda test: llama_speed(args, test)}
