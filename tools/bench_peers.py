@@ -229,10 +229,12 @@ def measure(
         jobs: list[tuple[str, str, Callable[[], float]]] = []
         for test in tests:
             for who in order:
-                run_it = (who, test.name, lambda who=who, test=test: engines[who](test))
-                is_bound = who == OURS and test.kind == "tg"
-                around = [(MEMORY, f"{when} {test.name}", read_speed) for when in (BEFORE, AFTER)] if is_bound else []
-                jobs += [*around[:1], run_it, *around[1:]]
+                has_bound = who == OURS and test.kind == "tg"
+                if has_bound:
+                    jobs.append((MEMORY, f"{BEFORE} {test.name}", read_speed))
+                jobs.append((who, test.name, lambda who=who, test=test: engines[who](test)))
+                if has_bound:
+                    jobs.append((MEMORY, f"{AFTER} {test.name}", read_speed))
         total = rounds * len(jobs)
         for who, name, job in jobs:
             if not log.has(number, who, name):
@@ -267,7 +269,8 @@ def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
             bounds = {n: (before[n] + after[n]) / 2 / row["bytes_per_token"] for n in sorted(ours)}
             row["bound_tok_per_s"] = statistics.median(bounds.values())
             row["bound_runs"] = list(bounds.values())
-            row["bound_share"] = statistics.median(ours[n] / bounds[n] for n in bounds)
+            row["bound_shares"] = [ours[n] / bounds[n] for n in bounds]
+            row["bound_share"] = statistics.median(row["bound_shares"])
         rows.append(row)
     read = {"read_bytes_per_s": statistics.median(speeds), "read_runs": speeds} if speeds else {}
     return {**read, "weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
@@ -290,8 +293,8 @@ def print_report(title: str, found: dict[str, Any]) -> None:
             f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
         ]
         if "bound_tok_per_s" in row:
-            shares = [100 * ours / bound for ours, bound in zip(row["ours_runs"], row["bound_runs"], strict=True)]
-            reach = f"({min(shares):.0f} to {max(shares):.0f})"
+            shares = row["bound_shares"]
+            reach = f"({100 * min(shares):.0f} to {100 * max(shares):.0f})"
             cells += [f"{row['bound_tok_per_s']:.1f}", f"{100 * row['bound_share']:.1f} % {reach}"]
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: cells must not be cut there

@@ -172,7 +172,7 @@ class Recorder:
                 records[group] = self._quantize(x, group, is_fine=group in fine_groups)
             chosen = [(w, out) for w, out in zip(wanted, outputs, strict=True) if w.format is fmt]
             self._product(chosen[0][0], records[group], [Matrix(w.address, w.shape[0], 0, out) for w, out in chosen])
-        return [out if len(out) == 1 else self.add(out[:1], out[1:]) for out in outputs]
+        return [self._sum_of_terms(out) for out in outputs]
 
     def per_head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         """A matrix of its own for each head. x f32[1,H,C], weight [H,n_rows,C] -> f32[1,H,n_rows]."""
@@ -294,7 +294,7 @@ class Recorder:
         out = self._empty(2 if is_fine else 1, down.shape[0])
         inputs = self._gated(gate_out, up_out, down.format.activation_group, is_fine)
         self._product(down, inputs, [Matrix(down.address, down.shape[0], 0, out)])
-        return self.add(out[:1], out[1:]) if is_fine else out
+        return self._sum_of_terms(out)
 
     def experts(
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
@@ -328,6 +328,7 @@ class Recorder:
         self._step(steps.weighted_sum_step, plan)
         if tables is not None:
             self.steps.append(lambda: False)  # what follows is for all tokens again
+            self._quantized = None  # its step may have been passed over
         return total
 
     # ---- parts of the above
@@ -428,6 +429,10 @@ class Recorder:
         self._step(steps.gated_units, plan, operations=SILU_OPERATIONS * gate.size if n_rows > 1 else 0)
         return self._inputs(records, (1 + is_fine) * n_rows, first, stride)
 
+    def _sum_of_terms(self, out: np.ndarray) -> np.ndarray:
+        """What a product gave f32[1,n_rows], or a fine one f32[2,n_rows], as f32[1,n_rows]."""
+        return out if len(out) == 1 else self.add(out[:1], out[1:])
+
     def _records(self, n_rows: int, n_cols: int, group: int, is_fine: bool) -> tuple[np.ndarray, int, int]:
         """Memory of records, where they begin, and the bytes from one to the next."""
         stride = record_bytes(n_cols, group)
@@ -435,6 +440,7 @@ class Recorder:
         return memory, (_address(memory) + 63) & ~63, stride
 
     def _inputs(self, memory: np.ndarray, n: int, first: int, stride: int) -> Inputs:
+        """n rows or records in some memory, from an address on, `stride` bytes apart."""
         table = first + stride * np.arange(n, dtype=np.int64)
         self.keep.append(table)
         return Inputs(table, memory)
