@@ -21,7 +21,7 @@ from edge_moe.kernels import steps
 from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
-from edge_moe.kernels.launch import compiled_address
+from edge_moe.kernels.launch import SHARE_BYTES, compiled_address
 from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
@@ -384,12 +384,16 @@ class Recorder:
         plan: Sequence[int] | np.ndarray,
         tag: FormatTag = NUMBERS,
         operations: int = 0,
+        counts: int = 0,
     ) -> np.ndarray:
-        """Add a step; returns its plan as it lies in memory. Of many operations, the step is shared between threads."""
+        """Add a step; returns its plan as it lies in memory. Of many operations, the step is shared between threads.
+
+        counts: address of those by which it is, where it is not by its plan's first number.
+        """
         numbers = np.array(plan, np.int64)
         self.keep.append(numbers)
         shared = operations > SHARED_OPERATIONS
-        self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0))
+        self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0, counts))
         return numbers
 
     def _contiguous(self, x: np.ndarray) -> np.ndarray:
@@ -453,10 +457,13 @@ class Recorder:
     ) -> None:
         """Matrices of one format and width, those of `weight`, times records."""
         n_cols, row_bytes = weight.shape[-1], weight.row_bytes
-        plan, rows_end = [0, len(matrices), n_cols, row_bytes, self._threads, _address(inputs.addresses), 0, 0], 0
+        memory = np.zeros((self._threads + 1) * SHARE_BYTES, np.uint8)
+        self.keep.append(memory)
+        counts, rows_end = (_address(memory) + SHARE_BYTES - 1) & -SHARE_BYTES, 0
+        plan = [0, len(matrices), n_cols, row_bytes, self._threads, _address(inputs.addresses), counts, 0]
         for address, n_rows, record, out, stride, choice in matrices:
             rows_end += n_rows
             # the kernel writes record m's results m * n_rows floats behind the address given
             place = _address(out) - 4 * record * n_rows
             plan += (address, n_rows, record, record + len(out), place, rows_end, 0, stride, choice)
-        self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols)
+        self._step(units.product_units, plan, TAGS[weight.format.name], rows_end * n_cols, counts)

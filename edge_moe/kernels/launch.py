@@ -1,9 +1,9 @@
 """Running compiled kernels on all threads: a job is a function and a plan in memory that says what to do.
 
 One parallel loop serves every kernel, so that only one must be compiled: a kernel is compiled for a block format as a
-plain function of a plan's address, and takes units of work from the plan's counter until none is left. A slow or late
-thread takes fewer units. Each unit owns its output and adds in a fixed order: results do not depend on the number of
-threads.
+plain function of a plan's address, and takes units of work until none is left: from the plan's counter, or from the
+thread's own share and then from others'. A slow or late thread takes fewer units. Each unit owns its output and adds in
+a fixed order: results do not depend on the number of threads.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
+from edge_moe.kernels.simd import fetch_add, load
 
 WORTH_A_THREAD = 500_000  # operations; about 50 microseconds
 
@@ -49,6 +50,37 @@ def first_of_unit(unit, n_items, shares, least):
     return first + unit * max(size, least)
 
 
+SHARE_BYTES = 64  # of each thread's count: a cache line, which others write to only when they have finished their own
+
+
+@inline_kernel
+def take_items(counts, home, n_finished, n_items, shares, least):
+    """Some of the items that lie one behind the other, so that threads have few long runs and yet an even end.
+
+    Items are cut into `shares`, one for each thread. A thread takes half of what is left of its own from the front,
+    down to `least` items, then as much of others' from the back. Where all take from one counter instead, each waits
+    for a line of the other's cache every time. counts: the address of SHARE_BYTES for each share, zeros at first; home:
+    the thread's own share; n_finished: how many shares it has found finished, 0 at first.
+    Returns the first item taken, the one behind the last (both n_items when all are taken), and the new n_finished.
+    """
+    while n_finished < shares:
+        share = (home + n_finished) % shares
+        begin, end = n_items * share // shares, n_items * (share + 1) // shares
+        count = counts + SHARE_BYTES * share  # i64: items taken from the front, and from the back times 2**32
+        taken = load(types.int64, count)
+        left = end - begin - (taken & 0xFFFFFFFF) - (taken >> 32)
+        if left > 0:
+            size = max(left // 2, least)
+            taken = fetch_add(count, size << 32 if n_finished else size)
+            front, back = begin + (taken & 0xFFFFFFFF), end - (taken >> 32)
+            if front < back:
+                if n_finished:
+                    return max(front, back - size), back, n_finished
+                return front, min(front + size, back), n_finished
+        n_finished += 1
+    return n_items, n_items, n_finished
+
+
 @parallel_kernel
 def _on_threads(function, plan, n_threads):
     for _ in numba.prange(n_threads):
@@ -72,6 +104,7 @@ def compiled_address(function: Any, fmt: FormatTag) -> int:
     """Address of a kernel's machine code for a block format, compiled now if it is not in the cache."""
     address = _addresses.get((function, fmt))
     if address is None:
+        numba.get_thread_id()  # only then numba makes it known to machine code from the cache
         function.compile((fmt, types.int64))
         result = function.overloads[fmt, types.int64]
         address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)

@@ -3,12 +3,13 @@
 For few tokens a row's blocks are multiplied as they are; for many, 16 rows at a time are unpacked to a panel.
 """
 
+import numba
 import numpy as np
 from numba import types
 
 from edge_moe.kernels import panels, short_rows  # noqa: F401 (their methods of the formats)
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
-from edge_moe.kernels.launch import first_of_unit
+from edge_moe.kernels.launch import take_items
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
@@ -20,15 +21,16 @@ CHUNK_COLUMNS = 256
 # through all groups; where panels are wanted, each group's are counted up to a multiple of 16. With a STRIDE a group's
 # matrix is one of a stack, chosen while the plan waits: the int64 at CHOICE times the stride behind ADDRESS.
 COUNTER, N_GROUPS, N_COLS, ROW_BYTES, SHARES, TOKENS, TILES, TILE_BYTES = range(8)
+COUNTS = TILES  # instead of tiles, where there are shares: the address of what `take_items` counts
 GROUPS, GROUP_FIELDS = 8, 9
 ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE, STRIDE, CHOICE = range(GROUP_FIELDS)
 
-# Without panels the memory is the limit, and long runs of it are read faster: units are those of `first_of_unit`, down
-# to such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
+# Without panels the memory is the limit, and long runs of it are read faster: units are those of `take_items`, down to
+# such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
 LEAST_UNIT_BYTES = 16384
-# Where two cores read 53 GB/s the best of 4,096 to 18,432 bytes, 2 to 3 % of a token better than 8,192; where they read
-# 90 GB/s 0.5 % worse.
-PREFETCH_BYTES = 5120
+# Where two cores read 90 GB/s the best of 3,000 to 24,576 bytes is 8,192 to 12,288; where they read 54, more than 7,168
+# cost 2 to 5 %.
+PREFETCH_BYTES = 7168
 
 
 @inline_kernel
@@ -80,27 +82,47 @@ def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
                     store(out + 4 * r, load(types.float32, scratch + 64 * t + 4 * r))
 
 
+@inline_kernel
+def _group_of(row, group, begin, first_group):
+    """The group of a row, counted through all groups, and the row at which it begins; looked for from a group on."""
+    if row < begin:
+        group, begin = first_group, 0
+    while row >= field(group, ROWS_END):
+        begin = field(group, ROWS_END)
+        group += 8 * GROUP_FIELDS
+    return group, begin
+
+
+@inline_kernel
+def _fetch_inputs(fmt, plan, group):
+    """Ask for the inputs of a group that will soon be multiplied."""
+    for m in range(field(group, BEGIN), field(group, END)):
+        fmt.fetch_input(load(types.int64, field(plan, TOKENS) + 8 * m), field(plan, N_COLS))
+
+
 @spliced_kernel
 def _units_of_rows(fmt, plan, n_rows, scratch):
     """Multiply units of rows straight from the blocks; what comes next is always being fetched."""
     row_bytes, shares, at_once = field(plan, ROW_BYTES), field(plan, SHARES), ROWS_AT_ONCE
     n_items, step_bytes = (n_rows + at_once - 1) // at_once, row_bytes * at_once
     least = (LEAST_UNIT_BYTES + step_bytes - 1) // step_bytes
-    reach = (PREFETCH_BYTES + row_bytes - 1) // row_bytes
-    group = ahead_group = plan + 8 * GROUPS
-    rows_begin = ahead_begin = 0
-    unit = fetch_add(plan, 1)
-    row = first_of_unit(unit, n_items, shares, least) * at_once
+    reach = max(PREFETCH_BYTES // row_bytes, 1)
+    counts, home, first_group = field(plan, COUNTS), numba.get_thread_id() % shares, plan + 8 * GROUPS
+    item, end_item, n_finished = take_items(counts, home, 0, n_items, shares, least)
+    row = item * at_once
+    if row >= n_rows:
+        return
+    group, rows_begin = _group_of(row, first_group, 0, first_group)
+    ahead_group, ahead_begin = group, rows_begin
+    _fetch_inputs(fmt, plan, group)
     while row < n_rows:
-        stop = min(first_of_unit(unit + 1, n_items, shares, least) * at_once, n_rows)
+        stop = min(end_item * at_once, n_rows)
         following = -1
         while row < stop:
             if following < 0 and row + reach >= stop:  # the next unit is taken when its first rows are to be fetched
-                unit = fetch_add(plan, 1)
-                following = first_of_unit(unit, n_items, shares, least) * at_once
-            while row >= field(group, ROWS_END):
-                rows_begin = field(group, ROWS_END)
-                group += 8 * GROUP_FIELDS
+                item, end_item, n_finished = take_items(counts, home, n_finished, n_items, shares, least)
+                following = item * at_once
+            group, rows_begin = _group_of(row, group, rows_begin, first_group)
             end = min(stop, field(group, ROWS_END))
             # rows from here to `end`, as far as those to be fetched meanwhile lie one behind the other
             ahead = row + reach
@@ -111,9 +133,10 @@ def _units_of_rows(fmt, plan, n_rows, scratch):
             address = _matrix(group) + (row - rows_begin) * row_bytes
             distance = 0
             if ahead < n_rows:
-                while ahead >= field(ahead_group, ROWS_END):
-                    ahead_begin = field(ahead_group, ROWS_END)
-                    ahead_group += 8 * GROUP_FIELDS
+                before = ahead_group
+                ahead_group, ahead_begin = _group_of(ahead, ahead_group, ahead_begin, first_group)
+                if ahead_group != before:
+                    _fetch_inputs(fmt, plan, ahead_group)
                 end = min(end, row + field(ahead_group, ROWS_END) - ahead)
                 distance = _matrix(ahead_group) + (ahead - ahead_begin) * row_bytes - address
             _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance, scratch)

@@ -18,7 +18,7 @@ from edge_moe.kernels import product_units as units
 from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes, tiled_bytes
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import kernel
-from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.launch import SHARE_BYTES, compiled_address, launch
 from edge_moe.kernels.simd import address_of
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
@@ -85,7 +85,10 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_thread
     plan = np.empty(units.GROUPS + units.GROUP_FIELDS * len(matrices), np.int64)
     plan[units.COUNTER], plan[units.N_COLS], plan[units.ROW_BYTES] = 0, n_cols, row_bytes
     plan[units.SHARES], plan[units.TOKENS] = 0 if panels else n_threads, address_of(tokens)
+    counts = np.zeros((n_threads + 1) * SHARE_BYTES, np.uint8)
     plan[units.TILES], plan[units.TILE_BYTES] = address_of(tiles), tile_bytes
+    if not panels:
+        plan[units.COUNTS] = (address_of(counts) + SHARE_BYTES - 1) & -SHARE_BYTES
     n_groups, n_rows, n_tiles = 0, 0, 0
     for g in range(len(matrices)):
         n_tokens = matrices[g, 3] - matrices[g, 2]
@@ -102,7 +105,7 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_thread
             n_groups += 1
     plan[units.N_GROUPS] = n_groups
     launch(multiply, address_of(plan), (n_rows + TILE_ROWS - 1) // TILE_ROWS, n_products * n_cols, n_threads)
-    return records.size + tokens.size + tiles.size + plan.size  # these must live until here
+    return records.size + tokens.size + tiles.size + counts.size + plan.size  # these must live until here
 
 
 @kernel

@@ -17,14 +17,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
-from edge_moe.kernels.launch import call
+from edge_moe.kernels.launch import SHARE_BYTES, call
 from edge_moe.kernels.simd import address_of, fetch_add, load, store
 from edge_moe.kernels.simd import call as call_intrinsic
 from edge_moe.kernels.target import TARGET
 
-# A step of a program is int64[5]. ENTERED and LEFT count the threads that began to take units and found none left.
-FUNCTION, PLAN, SHARED, ENTERED, LEFT = range(5)
-STEP_FIELDS = 5
+# A step of a program is int64[6]. ENTERED and LEFT count the threads that began to take units and found none left. Of a
+# step that takes units by `take_items`, COUNTS is the address of its counts.
+FUNCTION, PLAN, SHARED, ENTERED, LEFT, COUNTS = range(6)
+STEP_FIELDS = 6
 _STEP_BYTES = 8 * STEP_FIELDS
 _MOVING_ON = -1  # instead of the present step's index while one thread runs what lies between two shared steps
 _SPINS = 4000  # some 50 microseconds
@@ -151,11 +152,14 @@ def _together(steps, n_steps, present, sleep, n_threads):
 
 @kernel
 def run_program(steps, sleep, n_threads):
-    """Run all steps, i64[N,5], in order. With one thread nothing is shared."""
+    """Run all steps, i64[N,6], in order. With one thread nothing is shared."""
     n_steps, first = steps.shape[0], address_of(steps)
     for i in range(n_steps):
         steps[i, ENTERED] = steps[i, LEFT] = 0
         store(steps[i, PLAN], types.int64(0))
+        if steps[i, COUNTS]:
+            for share in range(n_threads):
+                store(steps[i, COUNTS] + SHARE_BYTES * share, types.int64(0))
     if n_threads == 1:
         for i in range(n_steps):
             call(steps[i, FUNCTION], steps[i, PLAN])
