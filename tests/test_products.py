@@ -231,6 +231,18 @@ def test_one_token_as_among_many(fmt):
     assert np.abs(together - alone).max() <= 2e-6 * np.abs(alone).max() * np.sqrt(n_cols)
 
 
+@pytest.mark.parametrize("n_cols", [32, 96, 128, 1408])
+@pytest.mark.parametrize("n_rows", [1, 3, 37])
+def test_two_tokens_as_one_by_one(n_rows, n_cols):
+    """Blocks of 8 bits are read once for two records: the same bits as for each alone."""
+    fmt, rng = BY_NAME["Q8_0"], np.random.default_rng(n_cols)
+    data = random_rows(fmt, n_rows, n_cols, rng)
+    weights = [(fmt, data.ctypes.data, n_rows)]
+    x = rng.standard_normal((2, n_cols)).astype(np.float32)
+    together = products.linear(x, weights)[0]
+    assert (together == np.concatenate([products.linear(x[i : i + 1], weights)[0] for i in range(2)])).all()
+
+
 def test_zeros_and_no_tokens():
     fmt = BY_NAME["Q4_K"]
     data = random_rows(fmt, 8, 256, np.random.default_rng(8))

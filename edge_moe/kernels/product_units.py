@@ -54,6 +54,13 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
     address = _matrix(group) + row * row_bytes
     if fmt.multiply_short_rows(address, row_end - row, n_cols, tokens, begin, end, out + 4 * row, n_rows, ahead):
         return
+    if end - begin == 2:
+        x, y = load(types.int64, tokens + 8 * begin), load(types.int64, tokens + 8 * begin + 8)
+        out_x = out + 4 * (begin * n_rows + row)
+        if fmt.multiply_for_two(
+            address, row_bytes, row_end - row, x, y, n_cols, ahead, scratch, out_x, out_x + 4 * n_rows
+        ):
+            return
     for r in range(row, row_end, ROWS_AT_ONCE):
         n = min(row_end - r, ROWS_AT_ONCE)
         for m in range(begin, end):

@@ -88,34 +88,78 @@ def _add_pair(fmt, first, second, x, scales, total):
     return fma(convert(f32x16, products), scales, total)
 
 
+@inlined_method(BlockFormat, "add_quartet")
+def _add_quartet(fmt, a, b, c, d, own, x, i, n_cols, even, odd, minimums):
+    offset = fmt.offset
+
+    def add_quartet(fmt, a, b, c, d, own, x, i, n_cols, even, odd, minimums):
+        """Partial sums plus four blocks with scales f32x4 times a record's columns from 32 i on."""
+        both = own * load(f32x4, x + scales_offset(n_cols) + 4 * i)
+        even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
+        odd = _add_pair(fmt, c, d, x + 32 * i + 64, _last_two(both), odd)
+        sums = x + sums_offset(n_cols, 32) + 4 * i
+        if offset is None:
+            minimums = fma(load_halves(a + 2, b + 2, c + 2, d + 2), load(f32x4, sums), minimums)
+        elif offset:
+            minimums = fma(own, load(f32x4, sums), minimums)
+        return even, odd, minimums
+
+    return add_quartet
+
+
+@inlined_method(BlockFormat, "total_of")
+def _total_of(fmt, even, odd, minimums):
+    offset = fmt.offset
+
+    def total_of(fmt, even, odd, minimums):
+        if offset is not None:
+            minimums = minimums * types.float32(-offset)
+        return even + odd + _in_first_quarter(join(minimums, splat(f32x4, types.float32(0.0))))
+
+    return total_of
+
+
 @inlined_method(BlockFormat, "row_total")
 def _block_row_total(fmt, row, x, n_cols, ahead):
-    size, offset = fmt.block_bytes, fmt.offset
+    size = fmt.block_bytes
 
     def row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
-        scales, sums, n_blocks = x + scales_offset(n_cols), x + sums_offset(n_cols, 32), n_cols // 32
         even = odd = splat(f32x16, types.float32(0.0))
         minimums = splat(f32x4, types.float32(0.0))
-        last = row + (n_blocks - 1) * size
-        for i in range(0, n_blocks, 4):
+        last = row + n_cols // 32 * size - size
+        for i in range(0, n_cols // 32, 4):
             a = row + i * size
             b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
             for line in range(0, 4 * size, 64):
                 prefetch_once(ahead + i * size + line)
             own = load_halves(a, b, c, d)
-            both = own * load(f32x4, scales + 4 * i)
-            even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
-            odd = _add_pair(fmt, c, d, x + 32 * i + 64, _last_two(both), odd)
-            if offset is None:
-                minimums = fma(load_halves(a + 2, b + 2, c + 2, d + 2), load(f32x4, sums + 4 * i), minimums)
-            elif offset:
-                minimums = fma(own, load(f32x4, sums + 4 * i), minimums)
-        if offset is not None:
-            minimums = minimums * types.float32(-offset)
-        return even + odd + _in_first_quarter(join(minimums, splat(f32x4, types.float32(0.0))))
+            even, odd, minimums = fmt.add_quartet(a, b, c, d, own, x, i, n_cols, even, odd, minimums)
+        return fmt.total_of(even, odd, minimums)
 
     return row_total
+
+
+@inlined_method(BlockFormat, "row_totals_of_two")
+def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
+    size = fmt.block_bytes
+
+    def row_totals_of_two(fmt, row, x, y, n_cols, ahead):
+        """`row_total` of two records, the blocks read once."""
+        even_x = odd_x = even_y = odd_y = splat(f32x16, types.float32(0.0))
+        minimums_x = minimums_y = splat(f32x4, types.float32(0.0))
+        last = row + n_cols // 32 * size - size
+        for i in range(0, n_cols // 32, 4):
+            a = row + i * size
+            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
+            for line in range(0, 4 * size, 64):
+                prefetch_once(ahead + i * size + line)
+            own = load_halves(a, b, c, d)
+            even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, own, x, i, n_cols, even_x, odd_x, minimums_x)
+            even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, own, y, i, n_cols, even_y, odd_y, minimums_y)
+        return fmt.total_of(even_x, odd_x, minimums_x), fmt.total_of(even_y, odd_y, minimums_y)
+
+    return row_totals_of_two
 
 
 @inline_kernel
@@ -201,10 +245,41 @@ def _sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
         for r in range(n_rows):
             address = row + r * row_bytes
             store(scratch + 64 * r, fmt.row_total(address, x, n_cols, ahead + r * row_bytes))
-        a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
-        return quarter_sums(quarters(a, b, load(f32x16, scratch + 128), load(f32x16, scratch + 192)))
+        return _sums_of_four(scratch)
 
     return sums_of_rows
+
+
+@overload_method(FormatTag, "multiply_for_two")
+def _multiply_for_two(fmt, row, row_bytes, n_rows, x, y, n_cols, ahead, scratch, out_x, out_y):
+    def multiply_for_two(fmt, row, row_bytes, n_rows, x, y, n_cols, ahead, scratch, out_x, out_y):
+        """n_rows rows times two records -> f32[n_rows] each; False where a format gains nothing by it.
+
+        Fine products are such: with 8 bits to a weight, one pass takes about as long as the memory, and two longer.
+        Scratch has room for eight registers.
+        """
+        for r in range(0, n_rows, ROWS_AT_ONCE):
+            n = min(n_rows - r, ROWS_AT_ONCE)
+            for k in range(n):
+                total_x, total_y = fmt.row_totals_of_two(row, x, y, n_cols, row + ahead)
+                store(scratch + 64 * k, total_x)
+                store(scratch + 256 + 64 * k, total_y)
+                row += row_bytes
+            store_sums(out_x + 4 * r, _sums_of_four(scratch), n)
+            store_sums(out_y + 4 * r, _sums_of_four(scratch + 256), n)
+        return True
+
+    def nothing(fmt, row, row_bytes, n_rows, x, y, n_cols, ahead, scratch, out_x, out_y):
+        return False
+
+    return multiply_for_two if isinstance(fmt, BlockFormat) and not fmt.nibbles else nothing
+
+
+@inline_kernel
+def _sums_of_four(scratch):
+    """The sums of four registers' lanes: f32x4."""
+    a, b = load(f32x16, scratch), load(f32x16, scratch + 64)
+    return quarter_sums(quarters(a, b, load(f32x16, scratch + 128), load(f32x16, scratch + 192)))
 
 
 @inline_kernel
