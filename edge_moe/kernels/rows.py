@@ -88,12 +88,27 @@ def _add_pair(fmt, first, second, x, scales, total):
     return fma(convert(f32x16, products), scales, total)
 
 
+@inlined_method(BlockFormat, "quartet")
+def _quartet(fmt, row, i, n_cols, ahead):
+    size = fmt.block_bytes
+
+    def quartet(fmt, row, i, n_cols, ahead):
+        """Where block i and the next three of a row are; behind its end, its last. As many are fetched ahead."""
+        a, last = row + i * size, row + n_cols // 32 * size - size
+        for line in range(0, 4 * size, 64):
+            prefetch_once(ahead + i * size + line)
+        return a, min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
+
+    return quartet
+
+
 @inlined_method(BlockFormat, "add_quartet")
-def _add_quartet(fmt, a, b, c, d, own, x, i, n_cols, even, odd, minimums):
+def _add_quartet(fmt, a, b, c, d, x, i, n_cols, even, odd, minimums):
     offset = fmt.offset
 
-    def add_quartet(fmt, a, b, c, d, own, x, i, n_cols, even, odd, minimums):
-        """Partial sums plus four blocks with scales f32x4 times a record's columns from 32 i on."""
+    def add_quartet(fmt, a, b, c, d, x, i, n_cols, even, odd, minimums):
+        """Partial sums plus four blocks times a record's columns from 32 i on."""
+        own = load_halves(a, b, c, d)
         both = own * load(f32x4, x + scales_offset(n_cols) + 4 * i)
         even = _add_pair(fmt, a, b, x + 32 * i, _first_two(both), even)
         odd = _add_pair(fmt, c, d, x + 32 * i + 64, _last_two(both), odd)
@@ -121,20 +136,13 @@ def _total_of(fmt, even, odd, minimums):
 
 @inlined_method(BlockFormat, "row_total")
 def _block_row_total(fmt, row, x, n_cols, ahead):
-    size = fmt.block_bytes
-
     def row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         even = odd = splat(f32x16, types.float32(0.0))
         minimums = splat(f32x4, types.float32(0.0))
-        last = row + n_cols // 32 * size - size
         for i in range(0, n_cols // 32, 4):
-            a = row + i * size
-            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-            for line in range(0, 4 * size, 64):
-                prefetch_once(ahead + i * size + line)
-            own = load_halves(a, b, c, d)
-            even, odd, minimums = fmt.add_quartet(a, b, c, d, own, x, i, n_cols, even, odd, minimums)
+            a, b, c, d = fmt.quartet(row, i, n_cols, ahead)
+            even, odd, minimums = fmt.add_quartet(a, b, c, d, x, i, n_cols, even, odd, minimums)
         return fmt.total_of(even, odd, minimums)
 
     return row_total
@@ -142,21 +150,14 @@ def _block_row_total(fmt, row, x, n_cols, ahead):
 
 @inlined_method(BlockFormat, "row_totals_of_two")
 def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
-    size = fmt.block_bytes
-
     def row_totals_of_two(fmt, row, x, y, n_cols, ahead):
         """`row_total` of two records, the blocks read once."""
         even_x = odd_x = even_y = odd_y = splat(f32x16, types.float32(0.0))
         minimums_x = minimums_y = splat(f32x4, types.float32(0.0))
-        last = row + n_cols // 32 * size - size
         for i in range(0, n_cols // 32, 4):
-            a = row + i * size
-            b, c, d = min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-            for line in range(0, 4 * size, 64):
-                prefetch_once(ahead + i * size + line)
-            own = load_halves(a, b, c, d)
-            even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, own, x, i, n_cols, even_x, odd_x, minimums_x)
-            even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, own, y, i, n_cols, even_y, odd_y, minimums_y)
+            a, b, c, d = fmt.quartet(row, i, n_cols, ahead)
+            even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, x, i, n_cols, even_x, odd_x, minimums_x)
+            even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, y, i, n_cols, even_y, odd_y, minimums_y)
         return fmt.total_of(even_x, odd_x, minimums_x), fmt.total_of(even_y, odd_y, minimums_y)
 
     return row_totals_of_two
