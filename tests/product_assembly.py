@@ -18,7 +18,7 @@ import edge_moe.kernels.target as target
 
 
 def main(format_name, triple, cpu, features):
-    target.TARGET = target.target_of(triple, set(features))
+    target.TARGET = target.target_of(triple, set(features), cpu)
     from edge_moe.kernels.attention import FORMATS, attend_units
     from edge_moe.kernels.blocks import TAGS
     from edge_moe.kernels.product_units import product_units

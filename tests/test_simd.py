@@ -174,6 +174,8 @@ def test_dot_products(fmt, extreme):
 
 
 def test_targets():
+    assert target_of("x86_64-unknown-linux-gnu", {"avx2"}, "znver3").reads_past_l2
+    assert not target_of("x86_64-unknown-linux-gnu", {"avx2"}, "raptorlake").reads_past_l2
     assert target_of("x86_64-unknown-linux-gnu", {"avx2", "f16c", "ssse3"}).dot == "avx2"
     assert target_of("x86_64-unknown-linux-gnu", {"avx512bw", "avx512vl", "avx512vnni", "avx2"}).dot == "avx512vnni"
     assert target_of("x86_64-pc-windows-msvc", {"avx2", "avxvnni"}).dot == "avxvnni"
@@ -221,6 +223,21 @@ def test_assembly_of_wide_rows(name, wide):
     assert "prefetchnta" in text
     if name == "Q5_0":
         assert not re.search(wide, assembly(name, "x86_64-unknown-linux-gnu", "cascadelake", features))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpu", "features", "fetch"),
+    [
+        ("znver5", f"{AVX512},avx512vnni,avx512vbmi", "nta"),
+        ("emeraldrapids", f"{AVX512},avx512vnni,avx512vbmi", "t1"),
+        ("alderlake", "avx2,f16c,fma,ssse3,avxvnni", "t1"),
+    ],
+)
+def test_assembly_of_fetches(cpu, features, fetch):
+    """Weights are asked for into the level of the cache that keeps more of them under way: the second on Intel's."""
+    text = assembly("Q4_K", "x86_64-unknown-linux-gnu", cpu, features)
+    assert set(re.findall(r"prefetch(nta|t1|t2)\b", text)) == {fetch}
 
 
 def assembly(format_name, triple, cpu, features):

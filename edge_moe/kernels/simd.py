@@ -159,8 +159,8 @@ def _prefetcher(locality: int) -> Any:
 
 
 # What will be read soon, into all levels of the cache; what will be read later, past the first level; what will be read
-# once, into the first level alone.
-prefetch, prefetch_far, prefetch_once = _prefetcher(3), _prefetcher(2), _prefetcher(0)
+# once, into one level alone: the first or the second.
+prefetch, prefetch_far, prefetch_once = _prefetcher(3), _prefetcher(2), _prefetcher(0 if TARGET.reads_past_l2 else 2)
 
 
 @intrinsic
