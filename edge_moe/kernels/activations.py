@@ -3,9 +3,11 @@
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For groups of 256 the codes follow once more, in the order that 64 bytes of nibbles have:
-columns 0 to 31 and 64 to 95 are the lower halves, 32 to 63 and 96 to 127 the upper ones. For panels, the records of a
-few tokens, without these, are interleaved to a tile.
+groups of 32, or two of 256. For groups of 256 all follows once more in the order in which superblocks of nibbles are
+taken four at a time. The codes, as 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 are the lower halves, 32
+to 63 and 96 to 127 the upper ones. Their int16 sums of each 32. The scales, each twice; then those of the last four
+groups, with zeros for what fours before have had. For panels, the records of a few tokens, without these, are
+interleaved to a tile.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
@@ -21,11 +23,13 @@ from edge_moe.kernels.simd import (
     absolute,
     address_of,
     convert,
+    f32x2,
     f32x4,
     f32x16,
     fetch_add,
     i8x16,
     i16x4,
+    i16x16,
     i32x16,
     join,
     larger,
@@ -80,9 +84,27 @@ def nibbles_offset(n_cols):
 
 
 @both_sides
+def nibble_sums_offset(n_cols):
+    """Where in a record for groups of 256 the sums of each 32 codes start, in bytes."""
+    return nibbles_offset(n_cols) + padded_columns(n_cols)
+
+
+@both_sides
+def twice_scales_offset(n_cols):
+    """Where in a record for groups of 256 the scales start that are there twice, in bytes."""
+    return nibble_sums_offset(n_cols) + n_cols // 16
+
+
+@both_sides
+def last_scales_offset(n_cols):
+    """Where in a record for groups of 256 those of the last four start, in bytes."""
+    return twice_scales_offset(n_cols) + n_cols // 32
+
+
+@both_sides
 def record_bytes(n_cols, group):
     """Bytes from one token's record to the next, a multiple of 64."""
-    return tiled_bytes(n_cols, group) + (padded_columns(n_cols) if group == 256 else 0)
+    return (last_scales_offset(n_cols) + 32 + 63) & ~63 if group == 256 else tiled_bytes(n_cols, group)
 
 
 @both_sides
@@ -95,7 +117,8 @@ def _nibble_place(column):
 def _quantize_256(x, record, n_cols):
     """Codes, scales and sums of groups of 256."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 256)
-    in_nibbles = record + nibbles_offset(n_cols)
+    in_nibbles, scales_twice = record + nibbles_offset(n_cols), record + twice_scales_offset(n_cols)
+    sums_of_32 = record + nibble_sums_offset(n_cols)
     for start in range(0, n_cols, 256):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(start, start + 256, 64):
@@ -105,6 +128,7 @@ def _quantize_256(x, record, n_cols):
         scale = reduce_max(larger(larger(a, b), larger(c, d))) / types.float32(MAX_ACTIVATION)
         inverse = inverse_of(scale)
         store(scales + start // 256 * 4, scale)
+        store(scales_twice + start // 256 * 8, splat(f32x2, scale))
         for i in range(start, start + 256, 64):
             at = x + 4 * i
             p, q = codes_of(at, inverse), codes_of(at + 64, inverse)
@@ -114,8 +138,17 @@ def _quantize_256(x, record, n_cols):
             store(in_nibbles + _nibble_place(i), low)
             store(in_nibbles + _nibble_place(i + 32), high)
             store(sums + i // 8, convert(i16x4, quarter_sums(quarters(p, q, r, s))))
+        both = load(i16x16, sums + start // 8)
+        store(sums_of_32 + start // 16, _even(both) + _odd(both))
+    n_blocks = n_cols // 256
+    for i in range(4):
+        scale = types.float32(0.0)
+        if n_blocks >= 4 and i >= -n_blocks % 4:
+            scale = load(types.float32, scales + 4 * (n_blocks - 4 + i))
+        store(record + last_scales_offset(n_cols) + 8 * i, splat(f32x2, scale))
 
 
+_even, _odd = picker(range(0, 16, 2)), picker(range(1, 16, 2))
 _lane_0, _lane_1, _lane_2, _lane_3 = (picker([k] * 16) for k in range(4))
 
 

@@ -188,10 +188,23 @@ def adder_of_bits(bits: Sequence[int]) -> Any:
     return add_set_bits
 
 
+_EACH_BIT = 0x0102040810204080  # of an 8 x 8 matrix of bits the rows, of which the last is that of bit 0
+
+
+def _bit_matrices(builder: ir.IRBuilder, shifts: Sequence[int], more: ir.Value, mask: int, n: int) -> ir.Value:
+    """What the bits of a byte are multiplied with to get those of `bit_field`, u64xn."""
+    rows = sum(255 << 8 * (7 - bit) for bit in range(8) if mask >> bit & 1)
+    wide = ir.VectorType(ir.IntType(64), n)
+    own = ir.Constant(wide, [8 * shift for shift in shifts for _ in range(n // len(shifts))])
+    by = builder.add(own, spread(builder, builder.shl(more, ir.Constant(more.type, 3)), n))
+    return builder.and_(builder.shl(ir.Constant(wide, [_EACH_BIT] * n), by), ir.Constant(wide, [rows] * n))
+
+
 def bit_field(shifts: Sequence[int], mask: int) -> Any:
     """Make an operation on u8xN that takes bits out of bytes, shifted right by the part's constant plus one number.
 
-    In lanes of 16 bits: what comes over from a neighbour must be masked away.
+    In lanes of 16 bits: what comes over from a neighbour must be masked away. Where the CPU multiplies the bits of each
+    byte with a matrix, it shifts and masks in one step.
     """
 
     @intrinsic
@@ -199,10 +212,19 @@ def bit_field(shifts: Sequence[int], mask: int) -> Any:
         wide = Vector(types.uint16, value.lanes // 2)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            bits, goal = args[0], constant(value, mask)
+            if TARGET.has_gfni and value.lanes == 64:
+                matrices = builder.bitcast(_bit_matrices(builder, shifts, args[1], mask, 8), bits.type)
+                name, none = "llvm.x86.vgf2p8affineqb.512", ir.Constant(ir.IntType(8), 0)
+                moved = call(builder, name, bits.type, [bits, matrices, none])
+                if any(shifts):
+                    return moved
+                is_in_place = builder.icmp_signed("==", args[1], ir.Constant(args[1].type, 0))
+                return builder.select(is_in_place, builder.and_(bits, goal), moved)
             own = constant(wide, [n for n in shifts for _ in range(wide.lanes // len(shifts))])
             by = builder.add(own, spread(builder, builder.trunc(args[1], ir.IntType(16)), wide.lanes))
-            shifted = builder.lshr(builder.bitcast(args[0], llvm_type(wide)), by)
-            return builder.and_(builder.bitcast(shifted, args[0].type), constant(value, mask))
+            shifted = builder.lshr(builder.bitcast(bits, llvm_type(wide)), by)
+            return builder.and_(builder.bitcast(shifted, bits.type), goal)
 
         return value(value, types.int64), codegen
 

@@ -11,7 +11,13 @@ from typing import Any
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import nibbles_offset, scales_offset, sums_offset
+from edge_moe.kernels.activations import (
+    nibble_sums_offset,
+    nibbles_offset,
+    scales_offset,
+    sums_offset,
+    twice_scales_offset,
+)
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat, iq4_value, nibbles_of
 from edge_moe.kernels.dots import add_dot, stored_sign
 from edge_moe.kernels.file_numbers import adder_of_bits, from_half
@@ -19,14 +25,13 @@ from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import (
     convert,
-    f32x2,
     f32x4,
     f32x16,
     fma,
     hidden,
     high_half,
     i8x64,
-    i16x32,
+    i16x16,
     i32x16,
     join,
     load,
@@ -153,8 +158,6 @@ def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
 
 # ---- rows of two superblocks
 
-_twice, _same_twice = picker([0, 1, 0, 1]), picker([*range(32), *range(32)])
-_even_64, _odd_64 = picker(range(0, 64, 2)), picker(range(1, 64, 2))
 _even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
 
 
@@ -164,9 +167,9 @@ def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
         """n_rows rows of two superblocks times one token's record -> f32[n_rows] at `out`."""
-        codes, x_scales = x + nibbles_offset(n_cols), _twice(load(f32x2, x + scales_offset(n_cols)))
-        sums_of_16 = _same_twice(load(i16x32, x + sums_offset(n_cols, 256)))
-        x_sums = hidden(_even_64(sums_of_16) + _odd_64(sums_of_16))
+        codes, two_scales = x + nibbles_offset(n_cols), load(f32x4, x + twice_scales_offset(n_cols))
+        two_sums = load(i16x16, x + nibble_sums_offset(n_cols))
+        x_scales, x_sums = join(two_scales, two_scales), hidden(join(two_sums, two_sums))
         last = row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):
             for line in range(0, ROWS_AT_ONCE * row_bytes, 64):

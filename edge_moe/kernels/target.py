@@ -12,7 +12,7 @@ _V2 = {"ssse3", "sse4.1"}
 _V3 = _V2 | {"avx2", "f16c", "fma"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _VNNI512 = _V4 | {"avx512vnni"}
-_VBMI = _VNNI512 | {"avx512vbmi"}
+_VBMI = _VNNI512 | {"avx512vbmi", "gfni"}
 _FEATURES_OF_CPU = {
     "x86-64-v2": _V2,
     "nehalem": _V2,
@@ -47,6 +47,7 @@ class Target:
     registers: int
     is_x86: bool = True
     has_vbmi: bool = False  # an instruction that picks bytes from all of two registers
+    has_gfni: bool = False  # one that makes each bit of a byte of any of its bits
     # What is read once is best fetched past the second level of the cache. On Intel's CPUs it is not: their first level
     # waits for 16 lines at most, their second for 48 (two cores of an Emerald Rapids: 9 GB/s so, 24 into the second).
     reads_past_l2: bool = True
@@ -67,7 +68,8 @@ def target_of(triple: str, features: set[str], cpu_name: str = "") -> Target:
     f16, is_amd = "f16c" in features, cpu_name.startswith(("znver", "bdver", "btver"))
     if {"avx512bw", "avx512vl"} <= features:
         dot = "avx512vnni" if "avx512vnni" in features else "avx512"
-        return Target(dot, "avx512", f16, 64, 32, has_vbmi="avx512vbmi" in features, reads_past_l2=is_amd)
+        has_vbmi, has_gfni = "avx512vbmi" in features, "gfni" in features
+        return Target(dot, "avx512", f16, 64, 32, has_vbmi=has_vbmi, has_gfni=has_gfni, reads_past_l2=is_amd)
     if "avx2" in features:
         return Target("avxvnni" if "avxvnni" in features else "avx2", "avx2", f16, 32, 16, reads_past_l2=is_amd)
     kind: Literal["ssse3", "plain"] = "ssse3" if "ssse3" in features else "plain"

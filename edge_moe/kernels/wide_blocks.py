@@ -16,10 +16,8 @@ from edge_moe.kernels.dots import stored_sign
 from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
-    convert,
+    byte_picker,
     hidden,
-    high_half,
-    i16x32,
     join,
     load,
     low_half,
@@ -27,8 +25,8 @@ from edge_moe.kernels.simd import (
     u8x16,
     u8x64,
     u16x8,
+    u16x16,
     u16x32,
-    u16x64,
     u32x16,
     view,
 )
@@ -42,31 +40,44 @@ _add_set_bits = adder_of_bits(range(8))
 def _codes_of_four(fmt, block):
     size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
     back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
-    nibbles_01 = picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
-    nibbles_23 = picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
-    bits_01 = picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
-    bits_23 = picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
-    halves = [0, size // 2, 32 + (2 * size - back) // 2, 32 + (3 * size - back) // 2]
-    scales_of, minimums_of = picker(halves), picker([h + 1 for h in halves])
+    nibbles_01 = byte_picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
+    nibbles_23 = byte_picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
+    bits_01 = byte_picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
+    bits_23 = byte_picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
+    words = picker([0, size // 4, 16 + (2 * size - back) // 4, 16 + (3 * size - back) // 4])
 
     def codes_of_four(fmt, block):
-        """The codes of the first and of the second two of four blocks, their scales and minimums u16x4."""
+        """The codes of the first and of the second two of four blocks; of each u32 that has its scale."""
         a, b = load(u8x64, block), load(u8x64, block + back)
         low, high = low_high_twice(nibbles_01(a), 0), low_high_twice(nibbles_23(b), 0)
         if bits:
             low, high = _add_set_bits(hidden(low), bits_01(a), 16), _add_set_bits(hidden(high), bits_23(b), 16)
-        both = view(u16x64, join(a, b))
+        own = words(join(view(u32x16, a), view(u32x16, b)))
         if is_table:
-            return stored_sign(iq4_value(low)), stored_sign(iq4_value(high)), scales_of(both), minimums_of(both)
-        return low, high, scales_of(both), minimums_of(both)
+            return stored_sign(iq4_value(low)), stored_sign(iq4_value(high)), own
+        return low, high, own
 
     return codes_of_four
+
+
+@overload_method(BlockFormat, "halves_of_words")
+def _halves_of_words(fmt, words):
+    odd = fmt.block_bytes % 4  # every second block begins in the middle of a word then
+    places = [4 * i + i % 2 * odd + half for i in range(16) for half in (0, 1)]
+    scales_of, minimums_of = byte_picker(2 * places), byte_picker(2 * [(place + 2) % 64 for place in places])
+
+    def halves_of_words(fmt, words):
+        """Of what `codes_of_four` gives of four rows, u32x16, the scales and the minimums: u16x16."""
+        octets = view(u8x64, words)
+        return view(u16x16, low_half(scales_of(octets))), view(u16x16, low_half(minimums_of(octets)))
+
+    return halves_of_words
 
 
 # ---- superblocks of eight groups of 32: Q4_K and Q5_K
 
 _scales_of_6_bits = scales_of_6_bits(4)
-_first_words, _each_twice = picker([0, 4, 8, 12]), picker([0, 0, 1, 1, 2, 2, 3, 3])
+_first_words = picker([0, 4, 8, 12])
 _fifth_bits = bit_field((0, 2), 16)
 
 
@@ -82,9 +93,8 @@ def _scales_of_four(fmt, block):
     size = fmt.block_bytes
 
     def scales_of_four(fmt, block):
-        """Of two superblocks and of the next two, i16x32: for each 8 scales, then 8 minimums."""
-        both = hidden(_scales_of_6_bits(_four_times_16(block, size)))
-        return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
+        """Of four superblocks u8x64: for each 8 scales, then 8 minimums."""
+        return hidden(_scales_of_6_bits(_four_times_16(block, size)))
 
     return scales_of_four
 
@@ -94,9 +104,8 @@ def _factors_of_four(fmt, block, x_scales):
     size = fmt.block_bytes
 
     def factors_of_four(fmt, block, x_scales):
-        """d and dmin of four superblocks times x_scales f32x4: f32x8."""
-        words = _first_words(view(u32x16, _four_times_16(block, size)))
-        return from_half(view(u16x8, words)) * _each_twice(x_scales)
+        """d and dmin of four superblocks times x_scales: f32x8."""
+        return from_half(view(u16x8, _first_words(view(u32x16, _four_times_16(block, size))))) * x_scales
 
     return factors_of_four
 
@@ -113,8 +122,7 @@ def _scales_of_two_pairs(fmt, a, b):
 
     def scales_of_two_pairs(fmt, a, b):
         """`scales_of_four` of two superblocks at each of two addresses."""
-        both = hidden(_scales_of_6_bits(_two_times_two_of_16(a, b, size)))
-        return hidden(convert(i16x32, low_half(both))), hidden(convert(i16x32, high_half(both)))
+        return hidden(_scales_of_6_bits(_two_times_two_of_16(a, b, size)))
 
     return scales_of_two_pairs
 
@@ -125,8 +133,7 @@ def _factors_of_two_pairs(fmt, a, b, x_scales):
 
     def factors_of_two_pairs(fmt, a, b, x_scales):
         """`factors_of_four` of two superblocks at each of two addresses."""
-        words = _first_words(view(u32x16, _two_times_two_of_16(a, b, size)))
-        return from_half(view(u16x8, words)) * _each_twice(x_scales)
+        return from_half(view(u16x8, _first_words(view(u32x16, _two_times_two_of_16(a, b, size))))) * x_scales
 
     return factors_of_two_pairs
 
