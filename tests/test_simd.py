@@ -139,6 +139,47 @@ def test_shifts_and_masks_of_parts():
     np.testing.assert_array_equal(masked, a & np.repeat([15, 240], 8).astype(np.uint16))
 
 
+_PICKED = np.random.default_rng(8).integers(0, 64, 64).tolist()
+_picked_bytes, _picked_words = simd.byte_picker(_PICKED), simd.word_picker([i // 2 for i in _PICKED[:32]])
+_widened = simd.widener(_PICKED[32:])
+
+
+@numba.njit
+def _pick(a, out):
+    store(out, _picked_bytes(load(u8x64, a)))
+    store(out + 64, _picked_words(load(simd.i16x32, a)))
+    store(out + 128, _widened(load(u8x64, a)))
+
+
+def test_picks_of_whole_registers():
+    a = np.random.default_rng(9).integers(0, 256, 64, dtype=np.uint8)
+    octets, words, wide = apply(_pick, a, result=np.empty((3, 64), np.uint8))
+    np.testing.assert_array_equal(octets, a[_PICKED])
+    np.testing.assert_array_equal(words.view(np.int16), a.view(np.int16)[[i // 2 for i in _PICKED[:32]]])
+    np.testing.assert_array_equal(wide.view(np.int16), a[_PICKED[32:]])
+
+
+_FIELDS = [((0,), 15), ((0, 4), 15), ((0, 4, 0, 4), 15), ((0, 2), 3), ((0, 1), 1), ((0, 2), 16)]
+
+
+@pytest.mark.parametrize(("shifts", "mask"), _FIELDS)
+@pytest.mark.parametrize("kind", [u8x64, simd.u8x32], ids=["64", "32"])
+def test_bit_fields(shifts, mask, kind):
+    """All bytes, shifted by each part's constant and by one number more, as far as the bits are all of one byte."""
+    field = file_numbers.bit_field(shifts, mask)
+
+    @numba.njit
+    def fields(a, more, out):
+        for i in range(0, 256, kind_lanes):
+            store(out + i, field(load(kind, a + i), more))
+
+    kind_lanes, a, found = kind.lanes, np.arange(256, dtype=np.uint8), np.empty(256, np.uint8)
+    by = np.repeat(shifts, kind_lanes // len(shifts))
+    for more in range(9 - max(shifts) - mask.bit_length()):
+        fields(a.ctypes.data, more, found.ctypes.data)
+        np.testing.assert_array_equal(found, (a >> np.tile(by + more, 256 // kind_lanes)) & mask)
+
+
 @numba.njit
 def _transpose(a, out):
     tiles.transpose_16x16(a, out)
@@ -218,9 +259,11 @@ def test_assembly_of_other_formats(name):
 def test_assembly_of_wide_rows(name, wide):
     """What the forms for long registers are made of; without byte permutations blocks of 32 have none."""
     features = f"{AVX512},avx512vnni"
-    text = assembly(name, "x86_64-unknown-linux-gnu", "znver4", f"{features},avx512vbmi")
+    text = assembly(name, "x86_64-unknown-linux-gnu", "znver4", f"{features},avx512vbmi,gfni")
     assert len(re.findall(wide, text)) >= 8
-    assert "prefetchnta" in text
+    assert len(re.findall(r"vgf2p8affineqb.*%zmm", text)) >= 8  # nibbles in one step
+    if name == "Q4_K":  # scales are picked and widened in one step
+        assert len(re.findall(r"vpermb.*%zmm\d+ \{%k\d\} \{z\}", text)) >= 8
     if name == "Q5_0":
         assert not re.search(wide, assembly(name, "x86_64-unknown-linux-gnu", "cascadelake", features))
 
