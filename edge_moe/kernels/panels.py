@@ -11,8 +11,9 @@ from edge_moe.kernels.activations import padded_columns, scales_offset, sums_off
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import VIA_16_BITS
 from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import f32x16, i16x32, i32x16, load, store
+from edge_moe.kernels.simd import convert, f32x16, i16x32, i32x16, load, store
 from edge_moe.kernels.tiles import (
+    SCALED,
     TILE_ROWS,
     tile_add_pairs,
     tile_add_product,
@@ -134,6 +135,12 @@ def second_scale(both):
     return both >> types.int32(16)
 
 
+@inline_kernel
+def scaling(scale):
+    """A scale in the lanes that sums are scaled in."""
+    return convert(SCALED, scale)
+
+
 @overload_method(SuperblockFormat, "panel_bytes")
 def _superblock_panel_bytes(fmt, n_cols):
     return lambda fmt, n_cols: n_cols // 256 * SUPERBLOCK_BYTES
@@ -158,10 +165,10 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
             for pair in range(8):
                 both = load(i32x16, panel + MINIMUMS - 8 * 64 + 64 * pair)
                 if group == 32:
-                    store(panel + SCALES + 64 * pair, first_scale(both))
+                    store(panel + SCALES + 64 * pair, scaling(first_scale(both)))
                 else:
-                    store(panel + SCALES + 128 * pair, first_scale(both))
-                    store(panel + SCALES + 128 * pair + 64, second_scale(both))
+                    store(panel + SCALES + 128 * pair, scaling(first_scale(both)))
+                    store(panel + SCALES + 128 * pair + 64, scaling(second_scale(both)))
             for chunk in range(4):
                 for r in range(TILE_ROWS):
                     store(scratch + 64 * r, fmt.codes(rows + min(r, n_rows - 1) * row_bytes + i * size, chunk))
@@ -180,9 +187,9 @@ def _superblock_tile(fmt, panel, x, n_cols):
         scales, sums = scales_offset(n_cols), sums_offset(n_cols, 256)
         total = tile_zero(f32x16)
         for i in range(n_cols // 256):
-            products = tile_zero(i32x16)
+            products = tile_zero(SCALED)
             for g in range(256 // group):
-                scale = load(i32x16, panel + SCALES + 64 * g)
+                scale = load(SCALED, panel + SCALES + 64 * g)
                 products = tile_add_scaled_dot(fmt, products, panel + 16 * group * g, x, 256 * i + group * g, scale)
             total = tile_add_scaled(total, products, load(f32x16, panel + FACTORS), x, scales + 4 * i)
             if has_minimum:

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_moe.kernels.dots import BYTE, I32, GroupDot, add_pair_sums_32
+from edge_moe.kernels.dots import BYTE, I32, SCALES_ARE_FLOATS, GroupDot, add_pair_sums_32
 from edge_moe.kernels.simd import (
     Vector,
     call,
@@ -31,6 +31,8 @@ from edge_moe.kernels.target import TARGET
 TILE_ROWS = 16
 # As many accumulators as leave registers for the operands.
 TILE_TOKENS = 8 if TARGET.registers * TARGET.register_bytes >= 2048 else 4
+
+SCALED = f32x16 if SCALES_ARE_FLOATS else i32x16  # in which a superblock's groups are scaled and added
 
 
 def tile_of(vector: Vector) -> types.UniTuple:
@@ -88,10 +90,17 @@ def tile_dot(typingctx: Any, fmt: Any, codes: Any, x: Any, offset: Any) -> Any:
 
 @intrinsic
 def tile_add_scaled_dot(typingctx: Any, fmt: Any, total: Any, codes: Any, x: Any, offset: Any, scale: Any) -> Any:
-    """total + scale * tile_dot(...); scale i32x16, one for each row, held twice in 16 bits if VIA_16_BITS."""
+    """total + scale * tile_dot(...), one scale for each row; both are SCALED, i32 twice in 16 bits if VIA_16_BITS."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _tile_dot(builder, fmt, *args[1:])
+        if not SCALES_ARE_FLOATS:
+            return _tile_dot(builder, fmt, *args[1:])
+        _, total, codes, x, offset, scale = args
+        zero = ir.Constant(context.get_value_type(tile_of(i32x16)), None)
+        sums = unpack_tile(builder, _tile_dot(builder, fmt, zero, codes, x, offset, None))
+        floats = [builder.sitofp(each, scale.type) for each in sums]
+        pairs = zip(floats, unpack_tile(builder, total), strict=True)
+        return pack_tile(builder, [_fmuladd(builder, each, scale, acc) for each, acc in pairs])
 
     return total(fmt, total, types.int64, types.int64, types.int64, scale), codegen
 
@@ -128,7 +137,8 @@ def tile_add_product(typingctx: Any, total: Any, factor: Any, x: Any, offset: An
 
 @intrinsic
 def tile_add_scaled(typingctx: Any, total: Any, sums: Any, factor: Any, x: Any, offset: Any) -> Any:
-    """total f32 tile + i32 tile times factor f32x16 (one for each row) times the float at the offset."""
+    """total f32 tile + i32 or f32 tile times factor f32x16 (one for each row) times the float at the offset."""
+    is_float = sums == tile_of(f32x16)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, integers, factor, x, offset = args
@@ -138,7 +148,8 @@ def tile_add_scaled(typingctx: Any, total: Any, sums: Any, factor: Any, x: Any, 
             unpack_tile(builder, total), unpack_tile(builder, integers), numbers, strict=True
         ):
             scale = builder.fmul(factor, number)
-            results.append(_fmuladd(builder, builder.sitofp(integer, factor.type), scale, acc))
+            value = integer if is_float else builder.sitofp(integer, factor.type)
+            results.append(_fmuladd(builder, value, scale, acc))
         return pack_tile(builder, results)
 
     return total(total, sums, f32x16, types.int64, types.int64), codegen
