@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import rewrite
+from llama_models import open_llama
 from reference_llama import ReferenceLlama
 
 import edge_moe
@@ -114,7 +115,7 @@ def test_a_wrong_setting_shows(name, key, wrong):
 @pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (0.6, 0.1)])
 def test_yarn_as_llama_cpp_stretches_it(fast, slow, tmp_path):
     """Also with bounds of the file's own, which llama.cpp has to be told."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is the reference; install the test extra")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is the reference; install the test extra")
     f32, text = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
     keys = {
         "rope.scaling.type": ("yarn", text), "rope.scaling.factor": (4.0, f32), "rope.freq_base": (500.0, f32),
@@ -124,8 +125,8 @@ def test_yarn_as_llama_cpp_stretches_it(fast, slow, tmp_path):
     keys = {f"llama.{key}": value for key, value in keys.items()}
     path = rewrite(GOLDEN / "llama_linear.gguf", tmp_path / "yarn.gguf", keys=keys)
     ids = load_golden("llama_linear")[1].tolist()
-    theirs = llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0,
+    theirs = open_llama(
+        path, n_ctx=64, n_threads=1, logits_all=True, type_k=0, type_v=0,
         yarn_beta_fast=fast, yarn_beta_slow=slow,
     )  # fmt: skip
     theirs.eval(ids)

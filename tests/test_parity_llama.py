@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import rewrite
+from llama_models import open_llama
 from reference import ReferenceModel
 
 import edge_moe
@@ -56,9 +57,7 @@ is 5. For more information, see the documentation of the module, or write to the
 
 def llama_logits(path, ids):
     """Logits after every token, by llama.cpp -> f32[T,vocab]."""
-    model = llama_cpp.Llama(
-        model_path=str(path), logits_all=True, n_ctx=len(ids), n_batch=len(ids), n_threads=2, verbose=False
-    )
+    model = open_llama(path, logits_all=True, n_ctx=len(ids), n_batch=len(ids), n_threads=2)
     try:
         model.eval([int(i) for i in ids])
         return np.array(model.scores[: len(ids)], np.float32)

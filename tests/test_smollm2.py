@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import rewrite
+from llama_models import open_llama
 
 import edge_moe
 from edge_moe.chat import render_chat
@@ -49,7 +50,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def theirs():
-    model = llama_cpp.Llama(model_path=str(MODEL), n_ctx=512, n_threads=2, verbose=False, logits_all=True)
+    model = open_llama(MODEL, n_ctx=512, n_threads=2, logits_all=True)
     yield model
     model.close()
 
@@ -102,9 +103,7 @@ def test_greedy_continuations(tmp_path):
     """
     path = rewrite(MODEL, tmp_path / "f32.gguf", matrices=gguf.GGMLQuantizationType.F32)
     ours = edge_moe.load(path, kv="f32")
-    theirs = llama_cpp.Llama(
-        model_path=str(path), n_ctx=128, n_threads=2, verbose=False, logits_all=True, type_k=0, type_v=0
-    )
+    theirs = open_llama(path, n_ctx=128, n_threads=2, logits_all=True, type_k=0, type_v=0)
     parted = []
     for prompt in PROMPTS:
         ids = ours.tokenizer.encode(prompt)
@@ -158,9 +157,7 @@ def test_perplexity_of_exact_activations(tmp_path):
     A cache in 8 bits gives it to 0.5 %.
     """
     path = rewrite(MODEL, tmp_path / "f32.gguf", matrices=gguf.GGMLQuantizationType.F32)
-    theirs = llama_cpp.Llama(
-        model_path=str(path), n_ctx=512, n_threads=2, verbose=False, logits_all=True, type_k=0, type_v=0
-    )
+    theirs = open_llama(path, n_ctx=512, n_threads=2, logits_all=True, type_k=0, type_v=0)
     ids = edge_moe.load(path).tokenizer.encode(TEXT)[:512]
     theirs.eval(ids)
     expected = perplexity(np.array(theirs.scores[: len(ids)]), ids)

@@ -9,7 +9,10 @@ cores):
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
     cmake --build llama -j --target llama-bench llama-quantize llama-perplexity llama-imatrix
 
-The programs are then in llama/bin. CMake and a C++ compiler are needed.
+The programs are then in llama/bin. CMake and a C++ compiler are needed. On a CPU with AMX llama.cpp may abort at models
+with latent attention; built for the CPU's other features it does not:
+
+    -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
 """
 
 import shutil
