@@ -140,7 +140,7 @@ def test_shifts_and_masks_of_parts():
 
 
 _PICKED = np.random.default_rng(8).integers(0, 64, 64).tolist()
-_picked_bytes, _picked_words = simd.byte_picker(_PICKED), simd.word_picker([i // 2 for i in _PICKED[:32]])
+_picked_bytes, _picked_words = simd.whole_picker(_PICKED), simd.whole_picker([i // 2 for i in _PICKED[:32]])
 _widened = simd.widener(_PICKED[32:])
 
 

@@ -25,8 +25,8 @@ MAX_ACTIVATION = 127
 VIA_16_BITS = TARGET.dot in ("avx512", "avx2", "ssse3")
 # Where bytes can be added straight into 32 bits, so can pairs of 16 bits: a scale costs nothing on that way, either.
 _PAIR_DOT = {"avx512vnni": "llvm.x86.avx512.vpdpwssd.512", "avxvnni": "llvm.x86.avx512.vpdpwssd.256"}.get(TARGET.dot)
-# Elsewhere on x86 a group's sums are scaled as floats: converting and adding are two steps, where multiplying 32-bit
-# numbers alone is two on Intel's CPUs. They stay exact, as 24 bits hold nearly all sums of a superblock.
+# There, tiles scale a group's sums as floats: converting and adding are two steps, where multiplying 32-bit numbers
+# alone is two on Intel's CPUs. Sums of a superblock up to 24 bits stay exact; few are longer.
 SCALES_ARE_FLOATS = _PAIR_DOT is not None
 # Codes with a sign are stored unsigned, 128 too large, where unsigned ones can be multiplied in full.
 SIGN_BIAS = 128 if TARGET.exact_u8 else 0

@@ -191,13 +191,13 @@ def adder_of_bits(bits: Sequence[int]) -> Any:
 _EACH_BIT = 0x0102040810204080  # of an 8 x 8 matrix of bits the rows, of which the last is that of bit 0
 
 
-def _bit_matrices(builder: ir.IRBuilder, shifts: Sequence[int], more: ir.Value, mask: int, n: int) -> ir.Value:
-    """What the bits of a byte are multiplied with to get those of `bit_field`, u64xn."""
+def _bit_matrices(builder: ir.IRBuilder, shifts: Sequence[int], more: ir.Value, mask: int) -> ir.Value:
+    """What the bits of each of 64 bytes are multiplied with to get those of `bit_field`: u64x8."""
     rows = sum(255 << 8 * (7 - bit) for bit in range(8) if mask >> bit & 1)
-    wide = ir.VectorType(ir.IntType(64), n)
-    own = ir.Constant(wide, [8 * shift for shift in shifts for _ in range(n // len(shifts))])
-    by = builder.add(own, spread(builder, builder.shl(more, ir.Constant(more.type, 3)), n))
-    return builder.and_(builder.shl(ir.Constant(wide, [_EACH_BIT] * n), by), ir.Constant(wide, [rows] * n))
+    wide = ir.VectorType(ir.IntType(64), 8)
+    own = ir.Constant(wide, [8 * shift for shift in shifts for _ in range(8 // len(shifts))])
+    by = builder.add(own, spread(builder, builder.shl(more, ir.Constant(more.type, 3)), 8))
+    return builder.and_(builder.shl(ir.Constant(wide, [_EACH_BIT] * 8), by), ir.Constant(wide, [rows] * 8))
 
 
 def bit_field(shifts: Sequence[int], mask: int) -> Any:
@@ -214,7 +214,7 @@ def bit_field(shifts: Sequence[int], mask: int) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             bits, goal = args[0], constant(value, mask)
             if TARGET.has_gfni and value.lanes == 64:
-                matrices = builder.bitcast(_bit_matrices(builder, shifts, args[1], mask, 8), bits.type)
+                matrices = builder.bitcast(_bit_matrices(builder, shifts, args[1], mask), bits.type)
                 name, none = "llvm.x86.vgf2p8affineqb.512", ir.Constant(ir.IntType(8), 0)
                 moved = call(builder, name, bits.type, [bits, matrices, none])
                 if any(shifts):

@@ -39,7 +39,7 @@ from edge_moe.kernels.simd import (
     u8x32,
     u16x4,
     view,
-    word_picker,
+    whole_picker,
 )
 from edge_moe.kernels.wide_rows import is_wide
 
@@ -47,8 +47,8 @@ _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
 _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
 # of each superblock of two the scales of each chunk
-_a_0, _a_1, _a_2, _a_3 = (word_picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
-_b_0, _b_1, _b_2, _b_3 = (word_picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
+_a_0, _a_1, _a_2, _a_3 = (whole_picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
+_b_0, _b_1, _b_2, _b_3 = (whole_picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
 
 _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0] + [4] * 15)
 

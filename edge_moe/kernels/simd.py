@@ -160,7 +160,8 @@ def _prefetcher(locality: int) -> Any:
 
 # What will be read soon, into all levels of the cache; what will be read later, past the first level; what will be read
 # once, into one level alone: the first or the second.
-prefetch, prefetch_far, prefetch_once = _prefetcher(3), _prefetcher(2), _prefetcher(0 if TARGET.reads_past_l2 else 2)
+prefetch, prefetch_far = _prefetcher(3), _prefetcher(2)
+prefetch_once = _prefetcher(0) if TARGET.reads_past_l2 else prefetch_far
 
 
 @intrinsic
@@ -300,31 +301,18 @@ def _unknown_constant(builder: ir.IRBuilder, value: ir.Constant) -> ir.Value:
     return builder.call(copy, [value], attrs=("nounwind", "readnone"))
 
 
-def byte_picker(indices: Sequence[int]) -> Any:
-    """Make a `picker` of all of u8x64, in one step where the CPU can, wherever the bytes come from."""
-
-    @intrinsic
-    def pick(typingctx: Any, octets: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            if TARGET.has_vbmi:
-                return _pick_bytes(builder, args[0], indices)
-            return rearrange(builder, args[0], indices)
-
-        return octets(octets), codegen
-
-    return pick
-
-
-def word_picker(indices: Sequence[int]) -> Any:
-    """Make a `picker` of all of i16x32, byte by byte where the CPU can: Intel's take two steps to permute 16 bits."""
+def whole_picker(indices: Sequence[int]) -> Any:
+    """Make a `picker` of all lanes of 64 bytes, byte by byte where the CPU can: Intel's take two steps for 16 bits."""
 
     @intrinsic
     def pick(typingctx: Any, value: Any) -> Any:
+        size = value.element.bitwidth // 8
+
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             if not TARGET.has_vbmi:
                 return rearrange(builder, args[0], indices)
             octets = builder.bitcast(args[0], llvm_type(u8x64))
-            picked = _pick_bytes(builder, octets, [2 * i + half for i in indices for half in (0, 1)])
+            picked = _pick_bytes(builder, octets, [size * i + octet for i in indices for octet in range(size)])
             return builder.bitcast(picked, args[0].type)
 
         return value(value), codegen

@@ -16,7 +16,6 @@ from edge_moe.kernels.dots import stored_sign
 from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
-    byte_picker,
     hidden,
     join,
     load,
@@ -29,6 +28,7 @@ from edge_moe.kernels.simd import (
     u16x32,
     u32x16,
     view,
+    whole_picker,
 )
 
 # ---- blocks of 32
@@ -40,10 +40,10 @@ _add_set_bits = adder_of_bits(range(8))
 def _codes_of_four(fmt, block):
     size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
     back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
-    nibbles_01 = byte_picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
-    nibbles_23 = byte_picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
-    bits_01 = byte_picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
-    bits_23 = byte_picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
+    nibbles_01 = whole_picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
+    nibbles_23 = whole_picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
+    bits_01 = whole_picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
+    bits_23 = whole_picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
     words = picker([0, size // 4, 16 + (2 * size - back) // 4, 16 + (3 * size - back) // 4])
 
     def codes_of_four(fmt, block):
@@ -64,7 +64,7 @@ def _codes_of_four(fmt, block):
 def _halves_of_words(fmt, words):
     odd = fmt.block_bytes % 4  # every second block begins in the middle of a word then
     places = [4 * i + i % 2 * odd + half for i in range(16) for half in (0, 1)]
-    scales_of, minimums_of = byte_picker(2 * places), byte_picker(2 * [(place + 2) % 64 for place in places])
+    scales_of, minimums_of = whole_picker(2 * places), whole_picker(2 * [(place + 2) % 64 for place in places])
 
     def halves_of_words(fmt, words):
         """Of what `codes_of_four` gives of four rows, u32x16, the scales and the minimums: u16x16."""
