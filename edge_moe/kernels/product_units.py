@@ -8,11 +8,11 @@ import numpy as np
 from numba import types
 
 from edge_moe.kernels import panels, short_rows  # noqa: F401 (their methods of the formats)
+from edge_moe.kernels.fetches import FAR_BYTES, fetch_pages
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import take_items
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, load, splat, store
-from edge_moe.kernels.target import TARGET
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS, tile_store
 
 PANEL_TOKENS = 4  # from so many tokens on a panel pays
@@ -29,9 +29,6 @@ ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE, STRIDE, CHOICE = range(G
 # Without panels the memory is the limit, and long runs of it are read faster: units are those of `take_items`, down to
 # such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
 LEAST_UNIT_BYTES = 16384
-# On a Zen 5, where two cores read 90 GB/s the best of 3,000 to 24,576 bytes is 8,192 to 12,288; where they read 54,
-# more than 7,168 cost 2 to 5 %. On an Emerald Rapids at 25 GB/s 12,288 gain 4 to 6 % over 7,168, 20,480 no more.
-PREFETCH_BYTES = 7168 if TARGET.reads_past_l2 else 12288
 
 
 @inline_kernel
@@ -64,6 +61,7 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
             return
     for r in range(row, row_end, ROWS_AT_ONCE):
         n = min(row_end - r, ROWS_AT_ONCE)
+        fetch_pages(address + ahead, ROWS_AT_ONCE * row_bytes)
         for m in range(begin, end):
             x = load(types.int64, tokens + 8 * m)
             sums = fmt.sums_of_rows(address, row_bytes, n, x, n_cols, address + ahead, scratch)
@@ -114,7 +112,7 @@ def _units_of_rows(fmt, plan, n_rows, scratch):
     row_bytes, shares, at_once = field(plan, ROW_BYTES), field(plan, SHARES), ROWS_AT_ONCE
     n_items, step_bytes = (n_rows + at_once - 1) // at_once, row_bytes * at_once
     least = (LEAST_UNIT_BYTES + step_bytes - 1) // step_bytes
-    reach = max(PREFETCH_BYTES // row_bytes, 1)
+    reach = max(FAR_BYTES // row_bytes, 1)
     counts, home, first_group = field(plan, COUNTS), numba.get_thread_id() % shares, plan + 8 * GROUPS
     item, end_item, n_finished = take_items(counts, home, 0, n_items, shares, least)
     row = item * at_once
@@ -168,7 +166,7 @@ def _units_of_panels(fmt, plan, n_rows, scratch):
         if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
             _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
             continue
-        _few_tokens(fmt, plan, group, row, end, types.int64(PREFETCH_BYTES), scratch)
+        _few_tokens(fmt, plan, group, row, end, types.int64(FAR_BYTES), scratch)
 
 
 @kernel

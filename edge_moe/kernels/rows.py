@@ -11,6 +11,7 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.fetches import fetcher
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method
@@ -32,7 +33,6 @@ from edge_moe.kernels.simd import (
     low_half,
     picker,
     prefetch,
-    prefetch_once,
     splat,
     store,
     u8x16,
@@ -60,13 +60,12 @@ _first_16 = picker(range(16))
 
 @inlined_method(FloatFormat, "row_total")
 def _float_row_total(fmt, row, x, n_cols, ahead):
-    size = fmt.block_bytes
+    size, fetch = fmt.block_bytes, fetcher(0, 64 * fmt.block_bytes)
 
     def row_total(fmt, row, x, n_cols, ahead):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
-            for line in range(0, 64 * size, 64):
-                prefetch_once(ahead + i * size + line)
+            fetch(ahead + i * size, row + i * size)
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
             b = fma(fmt.load(row + (i + 16) * size), load(f32x16, x + 4 * i + 64), b)
             c = fma(fmt.load(row + (i + 32) * size), load(f32x16, x + 4 * i + 128), c)
@@ -91,13 +90,12 @@ def _add_pair(fmt, first, second, x, scales, total):
 
 @inlined_method(BlockFormat, "quartet")
 def _quartet(fmt, row, i, n_cols, ahead):
-    size = fmt.block_bytes
+    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
 
     def quartet(fmt, row, i, n_cols, ahead):
         """Where block i and the next three of a row are; behind its end, its last. As many are fetched ahead."""
         a, last = row + i * size, row + n_cols // 32 * size - size
-        for line in range(0, 4 * size, 64):
-            prefetch_once(ahead + i * size + line)
+        fetch(ahead + i * size, a)
         return a, min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
 
     return quartet
@@ -191,7 +189,7 @@ def _factors_of_two(fmt, a, b):
 
 @inlined_method(SuperblockFormat, "narrow_row_total")
 def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
-    size, has_minimum = fmt.block_bytes, fmt.has_minimum
+    size, has_minimum, fetch = fmt.block_bytes, fmt.has_minimum, fetcher(0, 2 * fmt.block_bytes)
 
     def narrow_row_total(fmt, row, x, n_cols, ahead):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
@@ -202,8 +200,7 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
         for i in range(0, n_blocks, 2):
             a = row + i * size
             b, x_b = min(a + size, last), min(x + 256 * i + 256, last_x)
-            for line in range(0, 2 * size, 64):
-                prefetch_once(ahead + i * size + line)
+            fetch(ahead + i * size, a)
             s, m = fmt.scales_of_two(a, b)
             factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
             first = _superblock_dot(fmt, a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s))

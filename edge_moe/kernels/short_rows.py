@@ -20,6 +20,7 @@ from edge_moe.kernels.activations import (
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat, iq4_value, nibbles_of
 from edge_moe.kernels.dots import add_dot, stored_sign
+from edge_moe.kernels.fetches import fetch_pages, fetcher
 from edge_moe.kernels.file_numbers import adder_of_bits, from_half
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
@@ -37,7 +38,6 @@ from edge_moe.kernels.simd import (
     load,
     low_half,
     picker,
-    prefetch_once,
     splat,
     u8x64,
     u16x64,
@@ -102,6 +102,7 @@ def _short_codes(fmt, nibbles, shift):
 @overload_method(BlockFormat, "multiply_run")
 def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 4 * fmt.block_bytes
+    fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
     bits, has_minimum, offset = fmt.bits, fmt.offset is None, fmt.offset or 0
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
@@ -121,8 +122,8 @@ def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
             start = none - both
         last = row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):
-            for line in range(0, ROWS_AT_ONCE * row_bytes, 64):
-                prefetch_once(ahead + line)
+            fetch_pages(ahead, ROWS_AT_ONCE * row_bytes)
+            fetch(ahead, row)
             nibbles_a, head_a = fmt.short_row(row)
             nibbles_b, head_b = fmt.short_row(min(row + row_bytes, last))
             nibbles_c, head_c = fmt.short_row(min(row + 2 * row_bytes, last))
@@ -164,6 +165,7 @@ _even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
 @overload_method(SuperblockFormat, "multiply_run")
 def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 2 * fmt.block_bytes
+    fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
         """n_rows rows of two superblocks times one token's record -> f32[n_rows] at `out`."""
@@ -172,8 +174,8 @@ def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
         x_scales, x_sums = join(two_scales, two_scales), hidden(join(two_sums, two_sums))
         last = row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):
-            for line in range(0, ROWS_AT_ONCE * row_bytes, 64):
-                prefetch_once(ahead + line)
+            fetch_pages(ahead, ROWS_AT_ONCE * row_bytes)
+            fetch(ahead, row)
             b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
             total_a, total_b, low = fmt.wide_totals_of_two(row, b, codes, x_scales, x_sums)
             total_c, total_d, high = fmt.wide_totals_of_two(c, d, codes, x_scales, x_sums)

@@ -142,15 +142,27 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, value), codegen
 
 
+# LLVM's numbers of what is asked for: what will be read soon, into all levels of the cache; what will be read later,
+# past the first level; what will be read once, into one level alone: the first or the second.
+FOR_SOON, FOR_LATER = 3, 2
+ONCE = 0 if TARGET.reads_past_l2 else FOR_LATER
+
+
+def prefetch_at(builder: ir.IRBuilder, address: ir.Value, offset: int, locality: int) -> None:
+    """Ask for a cache line that will be read; any address will do, it never faults."""
+    first = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    pointer = builder.gep(first, [ir.Constant(INT32, offset)])  # not a sum of integers: LLVM would keep many of these
+    hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+
+
 def _prefetcher(locality: int) -> Any:
     @intrinsic
     def prefetch(typingctx: Any, address: Any) -> Any:
         """Ask for a cache line that will be read; any address will do, it never faults."""
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-            hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+            prefetch_at(builder, args[0], 0, locality)
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
@@ -158,10 +170,7 @@ def _prefetcher(locality: int) -> Any:
     return prefetch
 
 
-# What will be read soon, into all levels of the cache; what will be read later, past the first level; what will be read
-# once, into one level alone: the first or the second.
-prefetch, prefetch_far = _prefetcher(3), _prefetcher(2)
-prefetch_once = _prefetcher(0) if TARGET.reads_past_l2 else prefetch_far
+prefetch, prefetch_far, prefetch_once = _prefetcher(FOR_SOON), _prefetcher(FOR_LATER), _prefetcher(ONCE)
 
 
 @intrinsic

@@ -16,9 +16,10 @@ from edge_moe.kernels.activations import (
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
+from edge_moe.kernels.fetches import fetcher
 from edge_moe.kernels.file_numbers import from_half
 from edge_moe.kernels.folds import quarter_sums, quarters
-from edge_moe.kernels.jit import inlined_kernel, inlined_method
+from edge_moe.kernels.jit import inlined_method
 from edge_moe.kernels.simd import (
     convert,
     f32x4,
@@ -32,7 +33,6 @@ from edge_moe.kernels.simd import (
     join,
     load,
     picker,
-    prefetch_once,
     splat,
     u8x64,
     widener,
@@ -79,16 +79,11 @@ def _wide_sums_of_one(fmt, block, x, scales_01, scales_23):
     return wide_sums_of_one
 
 
-@inlined_kernel
-def _fetch_block(blocks, k, size):
-    """Ask for the lines that begin in block k: Intel's CPUs would wait for some of more at once."""
-    for line in range((k * size + 63) & ~63, (k + 1) * size, 64):
-        prefetch_once(blocks + line)
-
-
 @inlined_method(SuperblockFormat, "wide_row_total")
 def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
     size = fmt.block_bytes
+    # between the superblocks: Intel's CPUs would wait for some of more at once
+    fetch_0, fetch_1, fetch_2, fetch_3 = (fetcher(k * size, (k + 1) * size) for k in range(4))
 
     def wide_row_total(fmt, row, x, n_cols, ahead):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
@@ -98,20 +93,20 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
         n_blocks = n_cols // 256
         for step in range(0, n_blocks, 4):
             i = min(step, n_blocks - 4)
-            block, x_i, next_blocks = row + i * size, codes + 256 * i, ahead + step * size
+            block, x_i, later = row + i * size, codes + 256 * i, ahead + i * size
             scales = fmt.scales_of_four(block)
             own_scales = x_scales + 8 * i if i == step else last_scales
             factors = hidden(fmt.factors_of_four(block, load(f32x8, own_scales)))
-            _fetch_block(next_blocks, 0, size)
+            fetch_0(later, block)
             total = fmt.wide_sums_of_one(block, x_i, _a_01(scales), _a_23(scales))
             even = fma(total, _d_0(factors), even)
-            _fetch_block(next_blocks, 1, size)
+            fetch_1(later, block)
             total = fmt.wide_sums_of_one(block + size, x_i + 256, _b_01(scales), _b_23(scales))
             odd = fma(total, _d_1(factors), odd)
-            _fetch_block(next_blocks, 2, size)
+            fetch_2(later, block)
             total = fmt.wide_sums_of_one(block + 2 * size, x_i + 512, _c_01(scales), _c_23(scales))
             even = fma(total, _d_2(factors), even)
-            _fetch_block(next_blocks, 3, size)
+            fetch_3(later, block)
             total = fmt.wide_sums_of_one(block + 3 * size, x_i + 768, _d_01(scales), _d_23(scales))
             odd = fma(total, _d_3(factors), odd)
             weighted = pair_dot(_minimums(scales), load(i16x32, sums + 16 * i))
@@ -154,6 +149,7 @@ _of_each_row = picker([i % 4 for i in range(16)])
 
 @inlined_method(BlockFormat, "wide_sums")
 def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
+    fetch = fetcher(0, 16 * fmt.block_bytes)
     size, has_minimum, offset = fmt.block_bytes, fmt.offset is None, fmt.offset or 0
 
     def wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
@@ -165,8 +161,7 @@ def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         none, offsets = splat(i32x16, types.int32(0)), splat(u8x64, types.uint8(offset))
         for i in range(0, n_cols // 32, 4):
             at = i * size
-            for line in range(0, 16 * size, 64):
-                prefetch_once(ahead + 4 * at + line)
+            fetch(ahead + 4 * at, d + 4 * at)
             x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
             y_01 = y_23 = none  # what all codes are too large by, taken off the whole sums of all four rows
             if offset:
