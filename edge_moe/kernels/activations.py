@@ -6,7 +6,8 @@ are filled up with zeros to a multiple of 64, so that a pair of blocks always fi
 groups of 32, or two of 256. For groups of 256 all follows once more in the order in which superblocks of nibbles are
 taken four at a time. The codes, as 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 are the lower halves, 32
 to 63 and 96 to 127 the upper ones. Their int16 sums of each 32. The scales, each twice; then those of the last four
-groups, with zeros for what fours before have had. For panels, the records of a few tokens, without these, are
+groups, with zeros for what fours before have had. For groups of 32 the codes follow once more in words of four columns:
+of each four groups the first words, then the second ones. For panels, the records of a few tokens, without these, are
 interleaved to a tile.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
@@ -39,6 +40,7 @@ from edge_moe.kernels.simd import (
     reduce_max,
     splat,
     store,
+    u32x16,
     where_positive,
 )
 from edge_moe.kernels.tiles import TILE_TOKENS, interleave
@@ -102,9 +104,15 @@ def last_scales_offset(n_cols):
 
 
 @both_sides
+def words_offset(n_cols):
+    """Where in a record for groups of 32 the codes are once more in the order of words, in bytes."""
+    return tiled_bytes(n_cols, 32)
+
+
+@both_sides
 def record_bytes(n_cols, group):
     """Bytes from one token's record to the next, a multiple of 64."""
-    return (last_scales_offset(n_cols) + 32 + 63) & ~63 if group == 256 else tiled_bytes(n_cols, group)
+    return (last_scales_offset(n_cols) + 32 + 63) & ~63 if group == 256 else words_offset(n_cols) + (n_cols & ~127)
 
 
 @both_sides
@@ -149,6 +157,8 @@ def _quantize_256(x, record, n_cols):
 
 
 _even, _odd = picker(range(0, 16, 2)), picker(range(1, 16, 2))
+# Of four blocks of 8 words the first words of all, then the second ones.
+_lower_words, _upper_words = (picker([8 * (i % 4) + half + i // 4 for i in range(16)]) for half in (0, 4))
 _lane_0, _lane_1, _lane_2, _lane_3 = (picker([k] * 16) for k in range(4))
 
 
@@ -166,6 +176,9 @@ def _quantize_32(x, record, n_cols):
         p, q = _store_32(at, _lane_0(inverse), to), _store_32(at + 128, _lane_1(inverse), to + 32)
         r, s = _store_32(at + 256, _lane_2(inverse), to + 64), _store_32(at + 384, _lane_3(inverse), to + 96)
         store(sums + start // 8, convert(f32x4, quarter_sums(quarters(p, q, r, s))) * scale)
+        columns = join(load(u32x16, to), load(u32x16, to + 64))
+        store(record + words_offset(n_cols) + start, _lower_words(columns))
+        store(record + words_offset(n_cols) + start + 64, _upper_words(columns))
     for start in range(n_cols & ~127, n_cols, 32):
         scale = reduce_max(_largest_of_32(x + 4 * start)) / types.float32(MAX_ACTIVATION)
         store(scales + start // 8, scale)

@@ -8,7 +8,7 @@ be left out: one in seventeen that was made rows of Q8_0 wait for the memory a t
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset
+from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset, words_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
 from edge_moe.kernels.fetches import fetcher
@@ -88,19 +88,6 @@ def _add_pair(fmt, first, second, x, scales, total):
     return fma(convert(f32x16, products), scales, total)
 
 
-@inlined_method(BlockFormat, "quartet")
-def _quartet(fmt, row, i, n_cols, ahead):
-    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
-
-    def quartet(fmt, row, i, n_cols, ahead):
-        """Where block i and the next three of a row are; behind its end, its last. As many are fetched ahead."""
-        a, last = row + i * size, row + n_cols // 32 * size - size
-        fetch(ahead + i * size, a)
-        return a, min(a + size, last), min(a + 2 * size, last), min(a + 3 * size, last)
-
-    return quartet
-
-
 @inlined_method(BlockFormat, "add_quartet")
 def _add_quartet(fmt, a, b, c, d, x, i, n_cols, even, odd, minimums):
     offset = fmt.offset
@@ -121,6 +108,20 @@ def _add_quartet(fmt, a, b, c, d, x, i, n_cols, even, odd, minimums):
     return add_quartet
 
 
+@inlined_method(BlockFormat, "last_quartet")
+def _last_quartet(fmt, row, n_blocks, ahead):
+    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
+
+    def last_quartet(fmt, row, n_blocks, ahead):
+        """Where the last one, two or three of a row's blocks are; behind its end, its last. As many are fetched."""
+        whole = (n_blocks & ~3) * size
+        a, last = row + whole, row + (n_blocks - 1) * size
+        fetch(ahead + whole, a)
+        return a, min(a + size, last), min(a + 2 * size, last), last
+
+    return last_quartet
+
+
 @inlined_method(BlockFormat, "total_of")
 def _total_of(fmt, even, odd, minimums):
     offset = fmt.offset
@@ -135,13 +136,21 @@ def _total_of(fmt, even, odd, minimums):
 
 @inlined_method(BlockFormat, "row_total")
 def _block_row_total(fmt, row, x, n_cols, ahead):
+    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
+
     def row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         even = odd = splat(f32x16, types.float32(0.0))
         minimums = splat(f32x4, types.float32(0.0))
-        for i in range(0, n_cols // 32, 4):
-            a, b, c, d = fmt.quartet(row, i, n_cols, ahead)
+        n_blocks = n_cols // 32
+        for i in range(0, n_blocks & ~3, 4):
+            a = row + i * size
+            fetch(ahead + i * size, a)
+            b, c, d = a + size, a + 2 * size, a + 3 * size
             even, odd, minimums = fmt.add_quartet(a, b, c, d, x, i, n_cols, even, odd, minimums)
+        if n_blocks & 3:
+            a, b, c, d = fmt.last_quartet(row, n_blocks, ahead)
+            even, odd, minimums = fmt.add_quartet(a, b, c, d, x, n_blocks & ~3, n_cols, even, odd, minimums)
         return fmt.total_of(even, odd, minimums)
 
     return row_total
@@ -149,12 +158,22 @@ def _block_row_total(fmt, row, x, n_cols, ahead):
 
 @inlined_method(BlockFormat, "row_totals_of_two")
 def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
+    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
+
     def row_totals_of_two(fmt, row, x, y, n_cols, ahead):
         """`row_total` of two records, the blocks read once."""
         even_x = odd_x = even_y = odd_y = splat(f32x16, types.float32(0.0))
         minimums_x = minimums_y = splat(f32x4, types.float32(0.0))
-        for i in range(0, n_cols // 32, 4):
-            a, b, c, d = fmt.quartet(row, i, n_cols, ahead)
+        n_blocks = n_cols // 32
+        for i in range(0, n_blocks & ~3, 4):
+            a = row + i * size
+            fetch(ahead + i * size, a)
+            b, c, d = a + size, a + 2 * size, a + 3 * size
+            even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, x, i, n_cols, even_x, odd_x, minimums_x)
+            even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, y, i, n_cols, even_y, odd_y, minimums_y)
+        if n_blocks & 3:
+            i = n_blocks & ~3
+            a, b, c, d = fmt.last_quartet(row, n_blocks, ahead)
             even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, x, i, n_cols, even_x, odd_x, minimums_x)
             even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, y, i, n_cols, even_y, odd_y, minimums_y)
         return fmt.total_of(even_x, odd_x, minimums_x), fmt.total_of(even_y, odd_y, minimums_y)
@@ -306,8 +325,13 @@ def _float_fetch_input(fmt, x, n_cols):
 
 @overload_method(BlockFormat, "fetch_input")
 def _block_fetch_input(fmt, x, n_cols):
+    wide = is_wide(fmt)
+
     def fetch_input(fmt, x, n_cols):
-        _fetch(x, record_bytes(n_cols, 32))
+        if wide and n_cols % 128 == 0:  # codes in words only
+            _fetch(x + scales_offset(n_cols), record_bytes(n_cols, 32) - scales_offset(n_cols))
+        else:
+            _fetch(x, words_offset(n_cols))
 
     return fetch_input
 

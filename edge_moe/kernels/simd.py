@@ -292,22 +292,31 @@ def picker(indices: Sequence[int]) -> Any:
     return pick
 
 
-def _pick_bytes(builder: ir.IRBuilder, a: ir.Value, indices: Sequence[int]) -> ir.Value:
-    """Bytes of <64 x i8> by constant indices, zeros for those below 0; on CPUs that have one instruction for it."""
-    order = _unknown_constant(builder, ir.Constant(a.type, [max(i, 0) for i in indices]))
-    picked = call(builder, "llvm.x86.avx512.permvar.qi.512", a.type, [a, order])
-    if min(indices) >= 0:
+def _pick_bytes(builder: ir.IRBuilder, a: ir.Value, indices: Sequence[int], b: ir.Value | None = None) -> ir.Value:
+    """Bytes of <64 x i8> by constant indices, zeros for those below 0; on CPUs that have one instruction for it.
+
+    Those of b count from 64.
+    """
+
+    def of(source: ir.Value, first: int) -> ir.Value:
+        order = ir.Constant(a.type, [i - first if first <= i < first + 64 else 0 for i in indices])
+        return call(builder, "llvm.x86.avx512.permvar.qi.512", a.type, [source, _unknown_constant(builder, order)])
+
+    picked = of(a, 0)
+    if b is None and min(indices) >= 0:
         return picked
-    kept = ir.Constant(ir.IntType(64), sum(1 << place for place, i in enumerate(indices) if i >= 0))
+    kept = ir.Constant(ir.IntType(64), sum(1 << place for place, i in enumerate(indices) if 0 <= i < 64))
     lanes = builder.bitcast(_unknown_constant(builder, kept), ir.VectorType(ir.IntType(1), 64))
-    return builder.select(lanes, picked, ir.Constant(a.type, [0] * len(indices)))
+    return builder.select(lanes, picked, of(b, 64) if b is not None else ir.Constant(a.type, [0] * len(indices)))
 
 
 def _unknown_constant(builder: ir.IRBuilder, value: ir.Constant) -> ir.Value:
-    """A constant that LLVM only copies, outside of loops: it would see other instructions in what is made of it."""
-    place = "=v,0" if isinstance(value.type, ir.VectorType) else "=r,0"
-    copy = ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", place, side_effect=False)
-    return builder.call(copy, [value], attrs=("nounwind", "readnone"))
+    """A constant that LLVM only copies, once before a loop: it would see other instructions in what is made of it."""
+    is_vector = isinstance(value.type, ir.VectorType)
+    floats = ir.VectorType(ir.FloatType(), 16) if is_vector else ir.DoubleType()
+    name = "llvm.arithmetic.fence." + ("v16f32" if is_vector else "f64")
+    fenced = call(builder, name, floats, [builder.bitcast(value, floats)])
+    return builder.bitcast(fenced, value.type)
 
 
 def whole_picker(indices: Sequence[int]) -> Any:
@@ -325,6 +334,21 @@ def whole_picker(indices: Sequence[int]) -> Any:
             return builder.bitcast(picked, args[0].type)
 
         return value(value), codegen
+
+    return pick
+
+
+def pair_picker(indices: Sequence[int]) -> Any:
+    """Make an operation that picks bytes of two u8x64 by constant indices, in two steps; the second's count from 64."""
+
+    @intrinsic
+    def pick(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if TARGET.has_vbmi:
+                return _pick_bytes(builder, args[0], indices, args[1])
+            return rearrange(builder, args[0], indices, args[1])
+
+        return a(a, a), codegen
 
     return pick
 

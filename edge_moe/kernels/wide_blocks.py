@@ -1,4 +1,4 @@
-"""What `wide_rows` reads of blocks: the codes of four blocks at a time, the scales of four superblocks."""
+"""What `wide_rows` reads of blocks: the codes of four blocks of four rows, the scales of four superblocks."""
 
 from numba import types
 from numba.extending import overload_method
@@ -7,7 +7,6 @@ from edge_moe.kernels.blocks import (
     BlockFormat,
     SuperblockFormat,
     iq4_value,
-    low_high_twice,
     nibbles_of,
     scales_of_6_bits,
     twice,
@@ -17,14 +16,15 @@ from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel
 from edge_moe.kernels.simd import (
     hidden,
+    high_half,
     join,
     load,
     low_half,
+    pair_picker,
     picker,
     u8x16,
     u8x64,
     u16x8,
-    u16x16,
     u16x32,
     u32x16,
     view,
@@ -33,45 +33,79 @@ from edge_moe.kernels.simd import (
 
 # ---- blocks of 32
 
-_add_set_bits = adder_of_bits(range(8))
+# Of two registers the parts of 128 bits that come first and third in each; second and fourth.
+_even_parts = picker([8 * part + lane for part in range(4) for lane in range(4)])
+_odd_parts = picker([8 * part + 4 + lane for part in range(4) for lane in range(4)])
+# Of 32 bits in each lane one byte, four times; of such a byte the bits of one word's codes.
+_octet_0, _octet_1, _octet_2, _octet_3 = (picker([i & ~3 | octet for i in range(64)]) for octet in range(4))
+_add_lower_bits, _add_upper_bits = adder_of_bits(range(4)), adder_of_bits(range(4, 8))
+_lower_halves = whole_picker([4 * i + octet for i in range(16) for octet in (0, 1)] * 2)
+_upper_halves = whole_picker([4 * i + octet for i in range(16) for octet in (2, 3)] * 2)
 
 
-@overload_method(BlockFormat, "codes_of_four")
-def _codes_of_four(fmt, block):
-    size, nibbles, bits, is_table = fmt.block_bytes, fmt.nibbles, fmt.bits, fmt.signed
+@overload_method(BlockFormat, "words_of_row")
+def _words_of_row(fmt, row):
+    size, nibbles, bits = fmt.block_bytes, fmt.nibbles, fmt.bits
     back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
-    nibbles_01 = whole_picker([i // 32 * size + nibbles + i % 16 for i in range(64)])
-    nibbles_23 = whole_picker([(2 + i // 32) * size + nibbles + i % 16 - back for i in range(64)])
-    bits_01 = whole_picker([i // 32 * size + bits + i % 32 // 8 for i in range(64)])
-    bits_23 = whole_picker([(2 + i // 32) * size + bits + i % 32 // 8 - back for i in range(64)])
-    words = picker([0, size // 4, 16 + (2 * size - back) // 4, 16 + (3 * size - back) // 4])
 
-    def codes_of_four(fmt, block):
-        """The codes of the first and of the second two of four blocks; of each u32 that has its scale."""
-        a, b = load(u8x64, block), load(u8x64, block + back)
-        low, high = low_high_twice(nibbles_01(a), 0), low_high_twice(nibbles_23(b), 0)
+    def places(first: int, n_words: int) -> list[int]:
+        """Where in what was loaded words of 4 bytes are: of all blocks the first, then the second."""
+        of_words = [k * size + first + 4 * word + i for word in range(n_words) for k in range(4) for i in range(4)]
+        return [place if place < 64 else place - back + 64 for place in of_words]
+
+    nibbles_of_four = pair_picker(places(nibbles, 4))
+    heads_of_four = pair_picker((places(bits, 1) + places(0, 1)) * 2)
+
+    def words_of_row(fmt, row):
+        """Of four blocks the words of nibbles; and that of fifth bits, if any, beside the first: u32x16, u32x8."""
+        a, b = load(u8x64, row), load(u8x64, row + back)
+        return view(u32x16, nibbles_of_four(a, b)), low_half(view(u32x16, heads_of_four(a, b)))
+
+    return words_of_row
+
+
+@inline_kernel
+def _same_part(a, b, c, d):
+    """Of four u32x16 the first parts of 128 bits, the second, third and fourth ones."""
+    lower = join(join(low_half(a), low_half(b)), join(low_half(c), low_half(d)))
+    upper = join(join(high_half(a), high_half(b)), join(high_half(c), high_half(d)))
+    return _even_parts(lower), _odd_parts(lower), _even_parts(upper), _odd_parts(upper)
+
+
+@overload_method(BlockFormat, "words_of_rows")
+def _words_of_rows(fmt, a, b, c, d):
+    bits, is_table = fmt.bits, fmt.signed
+
+    def codes_of(nibbles, shift):
+        codes = nibbles_of(view(u8x64, nibbles), shift)
+        return stored_sign(iq4_value(codes)) if is_table else hidden(codes)
+
+    codes_of = inline_kernel(codes_of)
+
+    def words_of_rows(fmt, a, b, c, d):
+        """Four blocks of four rows, a lane for each block: codes in words of four, u8x64 8 times; scales and minimums.
+
+        Scales are u16x16, as are the minimums of formats that have such.
+        """
+        (words_a, head_a), (words_b, head_b) = fmt.words_of_row(a), fmt.words_of_row(b)
+        (words_c, head_c), (words_d, head_d) = fmt.words_of_row(c), fmt.words_of_row(d)
+        n_0, n_1, n_2, n_3 = _same_part(words_a, words_b, words_c, words_d)
+        heads = join(join(head_a, head_b), join(head_c, head_d))
+        c_0, c_1, c_2, c_3 = codes_of(n_0, 0), codes_of(n_1, 0), codes_of(n_2, 0), codes_of(n_3, 0)
+        c_4, c_5, c_6, c_7 = codes_of(n_0, 4), codes_of(n_1, 4), codes_of(n_2, 4), codes_of(n_3, 4)
         if bits:
-            low, high = _add_set_bits(hidden(low), bits_01(a), 16), _add_set_bits(hidden(high), bits_23(b), 16)
-        own = words(join(view(u32x16, a), view(u32x16, b)))
-        if is_table:
-            return stored_sign(iq4_value(low)), stored_sign(iq4_value(high)), own
-        return low, high, own
+            words = hidden(view(u8x64, _even_parts(heads)))
+            first, second = hidden(_octet_0(words)), hidden(_octet_1(words))
+            c_0, c_1 = _add_lower_bits(c_0, first, 16), _add_upper_bits(c_1, first, 16)
+            c_2, c_3 = _add_lower_bits(c_2, second, 16), _add_upper_bits(c_3, second, 16)
+            third, fourth = hidden(_octet_2(words)), hidden(_octet_3(words))
+            c_4, c_5 = _add_lower_bits(c_4, third, 16), _add_upper_bits(c_5, third, 16)
+            c_6, c_7 = _add_lower_bits(c_6, fourth, 16), _add_upper_bits(c_7, fourth, 16)
+        firsts = view(u8x64, _odd_parts(heads))
+        own, lowest = view(u16x32, _lower_halves(firsts)), view(u16x32, _upper_halves(firsts))
+        return (c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7), low_half(own), low_half(lowest)
 
-    return codes_of_four
-
-
-@overload_method(BlockFormat, "halves_of_words")
-def _halves_of_words(fmt, words):
-    odd = fmt.block_bytes % 4  # every second block begins in the middle of a word then
-    places = [4 * i + i % 2 * odd + half for i in range(16) for half in (0, 1)]
-    scales_of, minimums_of = whole_picker(2 * places), whole_picker(2 * [(place + 2) % 64 for place in places])
-
-    def halves_of_words(fmt, words):
-        """Of what `codes_of_four` gives of four rows, u32x16, the scales and the minimums: u16x16."""
-        octets = view(u8x64, words)
-        return view(u16x16, low_half(scales_of(octets))), view(u16x16, low_half(minimums_of(octets)))
-
-    return halves_of_words
+    return words_of_rows
 
 
 # ---- superblocks of eight groups of 32: Q4_K and Q5_K

@@ -13,13 +13,14 @@ from edge_moe.kernels.activations import (
     scales_offset,
     sums_offset,
     twice_scales_offset,
+    words_offset,
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
 from edge_moe.kernels.fetches import fetcher
 from edge_moe.kernels.file_numbers import from_half
-from edge_moe.kernels.folds import quarter_sums, quarters
-from edge_moe.kernels.jit import inlined_method
+from edge_moe.kernels.folds import quarter_sums
+from edge_moe.kernels.jit import inline_kernel, inlined_method
 from edge_moe.kernels.simd import (
     convert,
     f32x4,
@@ -27,6 +28,7 @@ from edge_moe.kernels.simd import (
     f32x16,
     fma,
     hidden,
+    i8x16,
     i8x64,
     i16x32,
     i32x16,
@@ -34,7 +36,6 @@ from edge_moe.kernels.simd import (
     load,
     picker,
     splat,
-    u8x64,
     widener,
 )
 from edge_moe.kernels.target import TARGET
@@ -79,11 +80,37 @@ def _wide_sums_of_one(fmt, block, x, scales_01, scales_23):
     return wide_sums_of_one
 
 
-@inlined_method(SuperblockFormat, "wide_row_total")
-def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
+@inlined_method(SuperblockFormat, "add_four")
+def _add_four(fmt, block, x, x_scales, sums, ahead, even, odd, minimums):
     size = fmt.block_bytes
     # between the superblocks: Intel's CPUs would wait for some of more at once
     fetch_0, fetch_1, fetch_2, fetch_3 = (fetcher(k * size, (k + 1) * size) for k in range(4))
+
+    def add_four(fmt, block, x, x_scales, sums, ahead, even, odd, minimums):
+        """Partial sums f32x16 plus four superblocks times what a record has of as many; even and odd ones, minimums."""
+        scales = fmt.scales_of_four(block)
+        factors = hidden(fmt.factors_of_four(block, load(f32x8, x_scales)))
+        fetch_0(ahead, block)
+        total = fmt.wide_sums_of_one(block, x, _a_01(scales), _a_23(scales))
+        even = hidden(fma(total, _d_0(factors), even))
+        fetch_1(ahead, block)
+        total = fmt.wide_sums_of_one(block + size, x + 256, _b_01(scales), _b_23(scales))
+        odd = hidden(fma(total, _d_1(factors), odd))
+        fetch_2(ahead, block)
+        total = fmt.wide_sums_of_one(block + 2 * size, x + 512, _c_01(scales), _c_23(scales))
+        even = hidden(fma(total, _d_2(factors), even))
+        fetch_3(ahead, block)
+        total = fmt.wide_sums_of_one(block + 3 * size, x + 768, _d_01(scales), _d_23(scales))
+        odd = fma(total, _d_3(factors), odd)
+        weighted = pair_dot(_minimums(scales), load(i16x32, sums))
+        return even, odd, fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
+
+    return add_four
+
+
+@inlined_method(SuperblockFormat, "wide_row_total")
+def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
+    size = fmt.block_bytes
 
     def wide_row_total(fmt, row, x, n_cols, ahead):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
@@ -91,26 +118,13 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
         x_scales, last_scales = x + twice_scales_offset(n_cols), x + last_scales_offset(n_cols)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
         n_blocks = n_cols // 256
-        for step in range(0, n_blocks, 4):
-            i = min(step, n_blocks - 4)
-            block, x_i, later = row + i * size, codes + 256 * i, ahead + i * size
-            scales = fmt.scales_of_four(block)
-            own_scales = x_scales + 8 * i if i == step else last_scales
-            factors = hidden(fmt.factors_of_four(block, load(f32x8, own_scales)))
-            fetch_0(later, block)
-            total = fmt.wide_sums_of_one(block, x_i, _a_01(scales), _a_23(scales))
-            even = fma(total, _d_0(factors), even)
-            fetch_1(later, block)
-            total = fmt.wide_sums_of_one(block + size, x_i + 256, _b_01(scales), _b_23(scales))
-            odd = fma(total, _d_1(factors), odd)
-            fetch_2(later, block)
-            total = fmt.wide_sums_of_one(block + 2 * size, x_i + 512, _c_01(scales), _c_23(scales))
-            even = fma(total, _d_2(factors), even)
-            fetch_3(later, block)
-            total = fmt.wide_sums_of_one(block + 3 * size, x_i + 768, _d_01(scales), _d_23(scales))
-            odd = fma(total, _d_3(factors), odd)
-            weighted = pair_dot(_minimums(scales), load(i16x32, sums + 16 * i))
-            minimums = fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
+        for i in range(0, n_blocks & ~3, 4):
+            block, own, c, s, later = row + i * size, x_scales + 8 * i, codes + 256 * i, sums + 16 * i, ahead + i * size
+            even, odd, minimums = fmt.add_four(block, c, own, s, later, even, odd, minimums)
+        if n_blocks & 3:
+            i = n_blocks - 4
+            block, c, s, later = row + i * size, codes + 256 * i, sums + 16 * i, ahead + i * size
+            even, odd, minimums = fmt.add_four(block, c, last_scales, s, later, even, odd, minimums)
         return (even + odd) - minimums
 
     return wide_row_total
@@ -141,48 +155,69 @@ def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
 
 # ---- blocks of 32
 
-# Of four rows' factors of four blocks each the first and the last two of one row, 8 times each.
-_a_first, _b_first, _c_first, _d_first = (picker([4 * r + i // 8 for i in range(16)]) for r in range(4))
-_a_last, _b_last, _c_last, _d_last = (picker([4 * r + 2 + i // 8 for i in range(16)]) for r in range(4))
-_of_each_row = picker([i % 4 for i in range(16)])
+
+@inline_kernel
+def _in_all_parts(kind, address):
+    """16 bytes at an address, in each part of 128 bits."""
+    part = load(kind, address)
+    half = join(part, part)
+    return join(half, half)
+
+
+@inlined_method(BlockFormat, "add_words")
+def _add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums):
+    has_minimum = fmt.offset is None
+
+    def add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums):
+        """Partial sums f32x16 plus four blocks of four rows times what a record has of 128 columns; a lane is a block.
+
+        Minimums, or factors of what all codes are too large by, times the columns' sums are apart.
+        """
+        (c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7), own, lowest = fmt.words_of_rows(a, b, c, d)
+        none = splat(i32x16, types.int32(0))
+        even = add_dot(none, c_0, _in_all_parts(i8x16, words))
+        odd = add_dot(none, c_1, _in_all_parts(i8x16, words + 16))
+        even = add_dot(even, c_2, _in_all_parts(i8x16, words + 32))
+        odd = add_dot(odd, c_3, _in_all_parts(i8x16, words + 48))
+        even = add_dot(even, c_4, _in_all_parts(i8x16, words + 64))
+        odd = add_dot(odd, c_5, _in_all_parts(i8x16, words + 80))
+        even = add_dot(even, c_6, _in_all_parts(i8x16, words + 96))
+        odd = add_dot(odd, c_7, _in_all_parts(i8x16, words + 112))
+        factors = from_half(own)
+        totals = fma(convert(f32x16, even + odd), factors * _in_all_parts(f32x4, x_scales), totals)
+        of_sums = from_half(lowest) if has_minimum else factors
+        return totals, fma(of_sums, _in_all_parts(f32x4, x_sums), minimums)
+
+    return add_words
+
+
+@inlined_method(BlockFormat, "rows_of_words")
+def _rows_of_words(fmt, totals, minimums):
+    too_large_by = types.float32(1.0 if fmt.offset is None else -fmt.offset)
+
+    def rows_of_words(fmt, totals, minimums):
+        """The sums of four rows: f32x4."""
+        return quarter_sums(fma(minimums, splat(f32x16, too_large_by), totals))
+
+    return rows_of_words
 
 
 @inlined_method(BlockFormat, "wide_sums")
 def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
-    fetch = fetcher(0, 16 * fmt.block_bytes)
-    size, has_minimum, offset = fmt.block_bytes, fmt.offset is None, fmt.offset or 0
+    size, fetch = fmt.block_bytes, fetcher(0, 16 * fmt.block_bytes)
 
     def wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         """Up to four rows of a number of blocks that is a multiple of four: f32x4."""
-        scales, sums = x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
+        words, scales, sums = x + words_offset(n_cols), x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
         last = row + (n_rows - 1) * row_bytes
-        a, b, c, d = row, min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
-        total_a = total_b = total_c = total_d = minimums = splat(f32x16, types.float32(0.0))
-        none, offsets = splat(i32x16, types.int32(0)), splat(u8x64, types.uint8(offset))
+        b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
+        totals = minimums = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols // 32, 4):
             at = i * size
             fetch(ahead + 4 * at, d + 4 * at)
-            x_01, x_23 = load(i8x64, x + 32 * i), load(i8x64, x + 32 * i + 64)
-            y_01 = y_23 = none  # what all codes are too large by, taken off the whole sums of all four rows
-            if offset:
-                y_01, y_23 = none - add_dot(none, offsets, x_01), none - add_dot(none, offsets, x_23)
-            (a_01, a_23, words_a), (b_01, b_23, words_b) = fmt.codes_of_four(a + at), fmt.codes_of_four(b + at)
-            (c_01, c_23, words_c), (d_01, d_23, words_d) = fmt.codes_of_four(c + at), fmt.codes_of_four(d + at)
-            own, lowest = fmt.halves_of_words(join(join(words_a, words_b), join(words_c, words_d)))
-            factors = from_half(own) * _of_each_row(load(f32x4, scales + 4 * i))
-            total_a = fma(convert(f32x16, add_dot(y_01, a_01, x_01)), _a_first(factors), total_a)
-            total_a = fma(convert(f32x16, add_dot(y_23, a_23, x_23)), _a_last(factors), total_a)
-            total_b = fma(convert(f32x16, add_dot(y_01, b_01, x_01)), _b_first(factors), total_b)
-            total_b = fma(convert(f32x16, add_dot(y_23, b_23, x_23)), _b_last(factors), total_b)
-            total_c = fma(convert(f32x16, add_dot(y_01, c_01, x_01)), _c_first(factors), total_c)
-            total_c = fma(convert(f32x16, add_dot(y_23, c_23, x_23)), _c_last(factors), total_c)
-            total_d = fma(convert(f32x16, add_dot(y_01, d_01, x_01)), _d_first(factors), total_d)
-            total_d = fma(convert(f32x16, add_dot(y_23, d_23, x_23)), _d_last(factors), total_d)
-            if has_minimum:
-                minimums = fma(from_half(lowest), _of_each_row(load(f32x4, sums + 4 * i)), minimums)
-        totals = quarters(total_a, total_b, total_c, total_d)
-        if has_minimum:
-            totals = totals + minimums
-        return quarter_sums(totals)
+            totals, minimums = fmt.add_words(
+                row + at, b + at, c + at, d + at, words + 32 * i, scales + 4 * i, sums + 4 * i, totals, minimums
+            )
+        return fmt.rows_of_words(totals, minimums)
 
     return wide_sums
