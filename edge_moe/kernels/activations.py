@@ -4,8 +4,8 @@ A record holds the codes int8[columns], a float scale for each group of columns,
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
 groups of 32, or two of 256. For groups of 256 all follows once more in the order in which superblocks of nibbles are
-taken four at a time. The codes, as 64 bytes of nibbles have them: columns 0 to 31 and 64 to 95 are the lower halves, 32
-to 63 and 96 to 127 the upper ones. Their int16 sums of each 32. The scales, each twice; then those of the last four
+taken four at a time. The codes, as nibbles are where all parts of 128 bits of a register hold four groups' alike. Their
+int16 sums of each 32. The scales, each twice; then those of the last four
 groups, with zeros for what fours before have had. For groups of 32 the codes follow once more in words of four columns:
 of each four groups the first words, then the second ones. For panels, the records of a few tokens, without these, are
 interleaved to a tile.
@@ -117,8 +117,13 @@ def record_bytes(n_cols, group):
 
 @both_sides
 def _nibble_place(column):
-    """Place of a column among the codes in the order of nibbles: of each 128, blocks of 32 as 0, 2, 1, 3."""
-    return (column & ~96) | (column & 32) << 1 | (column & 64) >> 1
+    """Place of 8 columns of 256 among the codes in the order of nibbles; a column is counted in bits.
+
+    Of the 256 bits 3 to 7 say which half of which part of 128 bits of a superblock's two registers of nibbles, and
+    whether their lower or upper halves: 64 bytes are the same half of all parts, of both registers in turn.
+    """
+    half, part, is_upper = column >> 3 & 1, column >> 4 & 1 | column >> 5 & 2, column >> 5 & 1
+    return 128 * is_upper + 64 * half + 16 * part + 8 * (column >> 7)
 
 
 @inline_kernel
@@ -143,9 +148,9 @@ def _quantize_256(x, record, n_cols):
             r, s = codes_of(at + 128, inverse), codes_of(at + 192, inverse)
             low, high = join(convert(i8x16, p), convert(i8x16, q)), join(convert(i8x16, r), convert(i8x16, s))
             store(record + i, join(low, high))
-            store(in_nibbles + _nibble_place(i), low)
-            store(in_nibbles + _nibble_place(i + 32), high)
             store(sums + i // 8, convert(i16x4, quarter_sums(quarters(p, q, r, s))))
+        for i in range(0, 256, 8):
+            store(in_nibbles + start + _nibble_place(i), load(types.int64, record + start + i))
         both = load(i16x16, sums + start // 8)
         store(sums_of_32 + start // 16, _even(both) + _odd(both))
     n_blocks = n_cols // 256

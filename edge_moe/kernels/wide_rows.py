@@ -16,7 +16,7 @@ from edge_moe.kernels.activations import (
     words_offset,
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
-from edge_moe.kernels.dots import add_dot, add_pair_dot, packed_sums, pair_dot
+from edge_moe.kernels.dots import add_dot, packed_sums, pair_dot
 from edge_moe.kernels.fetches import fetcher
 from edge_moe.kernels.file_numbers import from_half
 from edge_moe.kernels.folds import quarter_sums
@@ -57,25 +57,22 @@ def is_wide(fmt: FormatTag) -> bool:
 # happens to lie, and let them wait for it, which made rows up to 8 % slower from memory.
 _d_0, _d_1, _d_2, _d_3 = (picker([2 * k] * 16) for k in range(4))
 _four_dmins = picker([2 * (i // 4) + 1 for i in range(16)])
-# Of four superblocks with 8 scales and 8 minimums each the minimums; the scales of the packed sums of two chunks of one
-# superblock: four sums of the one, then four of the other, for each 16 columns; the chunks are in the order of nibbles,
-# groups 0 and 2, then 1 and 3.
+# Of four superblocks with 8 scales and 8 minimums each the minimums; one's scales for its packed sums: for each 32
+# columns of nibbles those of groups 0, 4, 1 and 5, then 2, 6, 3 and 7, each twice.
 _minimums = widener([16 * k + 8 + i for k in range(4) for i in range(8)])
-_a_01, _b_01, _c_01, _d_01 = (widener([16 * s + i % 8 // 4 + i // 16 * 2 for i in range(32)]) for s in range(4))
-_a_23, _b_23, _c_23, _d_23 = (widener([16 * s + 4 + i % 8 // 4 + i // 16 * 2 for i in range(32)]) for s in range(4))
+_of_sums = [first + group for first in (0, 0, 2, 2) for group in (0, 0, 4, 4, 1, 1, 5, 5)]
+_a, _b, _c, _d = (widener([16 * s + group for group in _of_sums]) for s in range(4))
 
 
 @inlined_method(SuperblockFormat, "wide_sums_of_one")
-def _wide_sums_of_one(fmt, block, x, scales_01, scales_23):
-    def wide_sums_of_one(fmt, block, x, scales_01, scales_23):
-        """A superblock times 256 columns, its chunks' scales i16x32 for two each: f32x16, without its minimums."""
+def _wide_sums_of_one(fmt, block, x, scales):
+    def wide_sums_of_one(fmt, block, x, scales):
+        """A superblock times 256 columns, with scales i16x32 of its sums: f32x16, without its minimums."""
         none = splat(i32x16, types.int32(0))
-        sums_0 = add_dot(none, fmt.nibble_codes(block, 0), load(i8x64, x))
-        sums_1 = add_dot(none, fmt.nibble_codes(block, 1), load(i8x64, x + 64))
-        sums_2 = add_dot(none, fmt.nibble_codes(block, 2), load(i8x64, x + 128))
-        sums_3 = add_dot(none, fmt.nibble_codes(block, 3), load(i8x64, x + 192))
-        total = pair_dot(packed_sums(sums_0, sums_1), scales_01)
-        return convert(f32x16, add_pair_dot(total, packed_sums(sums_2, sums_3), scales_23))
+        c_0, c_1, c_2, c_3 = fmt.nibble_codes(block)
+        low = add_dot(add_dot(none, c_0, load(i8x64, x)), c_1, load(i8x64, x + 64))
+        high = add_dot(add_dot(none, c_2, load(i8x64, x + 128)), c_3, load(i8x64, x + 192))
+        return convert(f32x16, pair_dot(packed_sums(low, high), scales))
 
     return wide_sums_of_one
 
@@ -91,16 +88,16 @@ def _add_four(fmt, block, x, x_scales, sums, ahead, even, odd, minimums):
         scales = fmt.scales_of_four(block)
         factors = hidden(fmt.factors_of_four(block, load(f32x8, x_scales)))
         fetch_0(ahead, block)
-        total = fmt.wide_sums_of_one(block, x, _a_01(scales), _a_23(scales))
+        total = fmt.wide_sums_of_one(block, x, _a(scales))
         even = hidden(fma(total, _d_0(factors), even))
         fetch_1(ahead, block)
-        total = fmt.wide_sums_of_one(block + size, x + 256, _b_01(scales), _b_23(scales))
+        total = fmt.wide_sums_of_one(block + size, x + 256, _b(scales))
         odd = hidden(fma(total, _d_1(factors), odd))
         fetch_2(ahead, block)
-        total = fmt.wide_sums_of_one(block + 2 * size, x + 512, _c_01(scales), _c_23(scales))
+        total = fmt.wide_sums_of_one(block + 2 * size, x + 512, _c(scales))
         even = hidden(fma(total, _d_2(factors), even))
         fetch_3(ahead, block)
-        total = fmt.wide_sums_of_one(block + 3 * size, x + 768, _d_01(scales), _d_23(scales))
+        total = fmt.wide_sums_of_one(block + 3 * size, x + 768, _d(scales))
         odd = fma(total, _d_3(factors), odd)
         weighted = pair_dot(_minimums(scales), load(i16x32, sums))
         return even, odd, fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
@@ -141,11 +138,11 @@ def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
         """
         scales = fmt.scales_of_two_pairs(a, b)
         factors = hidden(fmt.factors_of_two_pairs(a, b, x_scales))
-        first = fmt.wide_sums_of_one(a, x, _a_01(scales), _a_23(scales)) * _d_0(factors)
-        second = fmt.wide_sums_of_one(a + size, x + 256, _b_01(scales), _b_23(scales))
+        first = fmt.wide_sums_of_one(a, x, _a(scales)) * _d_0(factors)
+        second = fmt.wide_sums_of_one(a + size, x + 256, _b(scales))
         total_a = fma(second, _d_1(factors), first)
-        first = fmt.wide_sums_of_one(b, x, _c_01(scales), _c_23(scales)) * _d_2(factors)
-        second = fmt.wide_sums_of_one(b + size, x + 256, _d_01(scales), _d_23(scales))
+        first = fmt.wide_sums_of_one(b, x, _c(scales)) * _d_2(factors)
+        second = fmt.wide_sums_of_one(b + size, x + 256, _d(scales))
         total_b = fma(second, _d_3(factors), first)
         weighted = pair_dot(_minimums(scales), x_sums)
         return total_a, total_b, convert(f32x16, weighted) * _four_dmins(factors)
