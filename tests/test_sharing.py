@@ -99,7 +99,7 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 from llvmlite import ir
-from edge_moe.kernels import simd
+from edge_moe.kernels import fetches, simd
 from edge_moe.kernels.jit import inline_kernel
 
 LINES = 1 << 14
@@ -110,7 +110,7 @@ PAGES = pages.ctypes.data
 I64 = ir.IntType(64)
 
 def note(builder, address, offset, locality):
-    notes = near if locality == simd.FOR_SOON else far
+    notes = near if locality == fetches.FOR_SOON else far
     byte = builder.sub(builder.add(address, I64(offset)), I64(FIRST))
     line = builder.lshr(byte, I64(6))
     with builder.if_then(builder.icmp_unsigned("<", line, I64(LINES))):
@@ -123,9 +123,9 @@ def note_page(address):
     if 0 <= line < LINES:
         simd.store(PAGES + line, types.uint8(1))
 
-simd.prefetch_at, simd.prefetch_far = note, note_page
+fetches.prefetch_at, fetches.prefetch_far = note, note_page
 from edge_moe.formats import FORMATS
-from edge_moe.kernels import fetches, products
+from edge_moe.kernels import products
 from edge_moe.kernels.elementwise import set_threads
 
 fmt = {f.name: f for f in FORMATS}[sys.argv[1]]

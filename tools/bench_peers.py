@@ -33,8 +33,9 @@ from numba import prange, types
 from edge_moe.cli.report import Display, format_bytes, write_json
 from edge_moe.config import KV_KINDS, LlamaConfig
 from edge_moe.errors import EdgeMoeError
+from edge_moe.kernels.fetches import prefetch_once
 from edge_moe.kernels.jit import parallel_kernel
-from edge_moe.kernels.simd import address_of, i32x16, load, prefetch_once, splat, store
+from edge_moe.kernels.simd import address_of, i32x16, load, splat, store
 
 OURS, THEIRS, MEMORY = "edge_moe", "llama.cpp", "memory"
 BEFORE, AFTER = "before", "after"

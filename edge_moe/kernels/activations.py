@@ -3,12 +3,12 @@
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
 weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
 are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For groups of 256 all follows once more in the order in which superblocks of nibbles are
-taken four at a time. The codes, as nibbles are where all parts of 128 bits of a register hold four groups' alike. Their
-int16 sums of each 32. The scales, each twice; then those of the last four
-groups, with zeros for what fours before have had. For groups of 32 the codes follow once more in words of four columns:
-of each four groups the first words, then the second ones. For panels, the records of a few tokens, without these, are
-interleaved to a tile.
+groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
+
+What follows is for rows on long registers. For groups of 256 all is there once more in the order in which four
+superblocks of nibbles are taken: the codes in the order of nibbles (`_nibble_place`), their int16 sums of each 32, the
+scales, each twice; then those of the last four groups, with zeros for what fours before have had. For groups of 32 the
+codes are in words of four columns: of each four groups the first words, then the second ones, and so on.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
@@ -117,10 +117,11 @@ def record_bytes(n_cols, group):
 
 @both_sides
 def _nibble_place(column):
-    """Place of 8 columns of 256 among the codes in the order of nibbles; a column is counted in bits.
+    """Place of 8 of 256 columns, from a multiple of 8 on, among the codes in the order of nibbles.
 
-    Of the 256 bits 3 to 7 say which half of which part of 128 bits of a superblock's two registers of nibbles, and
-    whether their lower or upper halves: 64 bytes are the same half of all parts, of both registers in turn.
+    Bytes of nibbles are read as two registers: of each 64 columns the first 32 are in lower nibbles, the others in
+    upper ones. The lower halves of all parts of 128 bits, of the one register and the other in turn, are the first 64
+    places, with their lower nibbles; the upper halves are the next; then both with their upper nibbles.
     """
     half, part, is_upper = column >> 3 & 1, column >> 4 & 1 | column >> 5 & 2, column >> 5 & 1
     return 128 * is_upper + 64 * half + 16 * part + 8 * (column >> 7)

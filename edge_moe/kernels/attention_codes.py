@@ -40,6 +40,7 @@ from edge_moe.kernels.attention_tiles import (
 )
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
+from edge_moe.kernels.fetches import prefetch, prefetch_far
 from edge_moe.kernels.functions import codes_of, exp2_below, inverse_of
 from edge_moe.kernels.jit import both_sides, inline_kernel, inlined_kernel
 from edge_moe.kernels.simd import (
@@ -54,8 +55,6 @@ from edge_moe.kernels.simd import (
     i32x16,
     larger,
     load,
-    prefetch,
-    prefetch_far,
     reduce_add,
     reduce_max,
     splat,

@@ -215,16 +215,6 @@ def packed_sums(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def add_pair_dot(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
-    """total i32x16 + pair_dot(a, b)."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return add_pair_sums_32(builder, *args)
-
-    return i32x16(total, a, b), codegen
-
-
-@intrinsic
 def pair_dot(typingctx: Any, a: Any, b: Any) -> Any:
     """i16 x i16 -> i32, sums of two neighbouring products."""
 

@@ -1,4 +1,4 @@
-"""When weights are asked for: they are read once and one behind the other, straight from the file's pages."""
+"""Asking for cache lines before they are read; and when weights are, which are read once and one behind the other."""
 
 from typing import Any
 
@@ -7,8 +7,38 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import FOR_SOON, ONCE, prefetch_at, prefetch_far
+from edge_moe.kernels.simd import INT32, call
 from edge_moe.kernels.target import TARGET
+
+# LLVM's numbers of what is asked for: what will be read soon, into all levels of the cache; what will be read later,
+# past the first level; what will be read once, into one level alone: the first or the second.
+FOR_SOON, FOR_LATER = 3, 2
+ONCE = 0 if TARGET.reads_past_l2 else FOR_LATER
+
+
+def prefetch_at(builder: ir.IRBuilder, address: ir.Value, offset: int, locality: int) -> None:
+    """Ask for a cache line that will be read; any address will do, it never faults."""
+    first = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    pointer = builder.gep(first, [ir.Constant(INT32, offset)])  # not a sum of integers: LLVM would keep many of these
+    hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+
+
+def _prefetcher(locality: int) -> Any:
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        """Ask for a cache line that will be read; any address will do, it never faults."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            prefetch_at(builder, args[0], 0, locality)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return prefetch
+
+
+prefetch, prefetch_far, prefetch_once = _prefetcher(FOR_SOON), _prefetcher(FOR_LATER), _prefetcher(ONCE)
 
 # On a Zen 5, where two cores read 90 GB/s the best of 3,000 to 24,576 bytes is 8,192 to 12,288; where they read 54,
 # more than 7,168 cost 2 to 5 %. On an Emerald Rapids 8,192 are 6 % slower than 12,288, 16,384 are 2 %.

@@ -11,7 +11,7 @@ from numba.extending import overload_method
 from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset, words_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
-from edge_moe.kernels.fetches import fetcher
+from edge_moe.kernels.fetches import fetcher, prefetch
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method
@@ -32,7 +32,6 @@ from edge_moe.kernels.simd import (
     load,
     low_half,
     picker,
-    prefetch,
     splat,
     store,
     u8x16,

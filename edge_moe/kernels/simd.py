@@ -39,7 +39,7 @@ u16x16, i16x16 = Vector(types.uint16, 16), Vector(types.int16, 16)
 i32x16, f32x16 = Vector(types.int32, 16), Vector(types.float32, 16)
 u32x16 = Vector(types.uint32, 16)
 u32x8, i32x8, f32x8 = Vector(types.uint32, 8), Vector(types.int32, 8), Vector(types.float32, 8)
-u16x64, u16x8 = Vector(types.uint16, 64), Vector(types.uint16, 8)
+u16x8 = Vector(types.uint16, 8)
 u16x4, i16x4 = Vector(types.uint16, 4), Vector(types.int16, 4)
 f32x2, f32x4 = Vector(types.float32, 2), Vector(types.float32, 4)
 
@@ -140,37 +140,6 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, value), codegen
-
-
-# LLVM's numbers of what is asked for: what will be read soon, into all levels of the cache; what will be read later,
-# past the first level; what will be read once, into one level alone: the first or the second.
-FOR_SOON, FOR_LATER = 3, 2
-ONCE = 0 if TARGET.reads_past_l2 else FOR_LATER
-
-
-def prefetch_at(builder: ir.IRBuilder, address: ir.Value, offset: int, locality: int) -> None:
-    """Ask for a cache line that will be read; any address will do, it never faults."""
-    first = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    pointer = builder.gep(first, [ir.Constant(INT32, offset)])  # not a sum of integers: LLVM would keep many of these
-    hints = [ir.Constant(INT32, v) for v in (0, locality, 1)]  # read, how near, data
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
-
-
-def _prefetcher(locality: int) -> Any:
-    @intrinsic
-    def prefetch(typingctx: Any, address: Any) -> Any:
-        """Ask for a cache line that will be read; any address will do, it never faults."""
-
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            prefetch_at(builder, args[0], 0, locality)
-            return context.get_dummy_value()
-
-        return types.void(types.int64), codegen
-
-    return prefetch
-
-
-prefetch, prefetch_far, prefetch_once = _prefetcher(FOR_SOON), _prefetcher(FOR_LATER), _prefetcher(ONCE)
 
 
 @intrinsic
