@@ -29,6 +29,7 @@ class Engines:
 
     def __init__(self, bench, stop_after=10**9):
         self.calls, self.stop_after = [], stop_after
+        self.reads = {bench.MEMORY: self.read}
         self.speeds = {bench.OURS: self.caller(bench.OURS), bench.THEIRS: self.caller(bench.THEIRS)}
 
     def caller(self, who):
@@ -49,7 +50,7 @@ def test_both_take_turns(bench, tmp_path):
     tests = [bench.Test("tg", 8, 256), bench.Test("pp", 32)]
     log, engines = bench.Log(tmp_path / "log.jsonl", SETUP), Engines(bench)
     steps = []
-    bench.measure(log, tests, 2, engines.speeds, engines.read, lambda *step: steps.append(step[:2]))
+    bench.measure(log, tests, 2, engines.speeds, engines.reads, lambda *step: steps.append(step[:2]))
     ours = ["read", (bench.OURS, "tg8@d256"), "read"]
     first = [*ours, (bench.THEIRS, "tg8@d256"), (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
     second = [(bench.THEIRS, "tg8@d256"), *ours, (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
@@ -63,16 +64,16 @@ def test_a_cut_run_goes_on_where_it_stopped(bench, tmp_path, torn):
     path = tmp_path / "log.jsonl"
     stopped = Engines(bench, stop_after=8)
     with pytest.raises(KeyboardInterrupt):
-        bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.read)
+        bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.reads)
     path.write_text(path.read_text() + torn)
     rest = Engines(bench)
     log = bench.Log(path, SETUP)
-    bench.measure(log, tests, 3, rest.speeds, rest.read)
+    bench.measure(log, tests, 3, rest.speeds, rest.reads)
     whole = Engines(bench)
-    bench.measure(bench.Log(tmp_path / "whole.jsonl", SETUP), tests, 3, whole.speeds, whole.read)
+    bench.measure(bench.Log(tmp_path / "whole.jsonl", SETUP), tests, 3, whole.speeds, whole.reads)
     assert stopped.calls + rest.calls == whole.calls
     again = Engines(bench, stop_after=0)
-    bench.measure(bench.Log(path, SETUP), tests, 3, again.speeds, again.read)  # nothing is left to do
+    bench.measure(bench.Log(path, SETUP), tests, 3, again.speeds, again.reads)  # nothing is left to do
     assert bench.Log(path, SETUP).entries == log.entries
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -83,15 +84,16 @@ def test_a_log_of_another_setup_is_refused(bench, tmp_path):
         bench.Log(tmp_path / "log.jsonl", SETUP | {"threads": 4})
 
 
-def test_medians_ratios_and_bounds(bench, tmp_path):
+def test_medians_ratios_and_bounds(bench, tmp_path, capsys):
     log, test = bench.Log(tmp_path / "log.jsonl", SETUP), bench.Test("tg", 11, 100)
     for number, (ours, theirs, reads) in enumerate(
         [(10, 5, (14200, 28400)), (12, 8, (14200, 14200)), (20, 4, (42600, 42600))], start=1
     ):
-        log.add({"round": number, "who": bench.MEMORY, "test": f"before {test.name}", "value": reads[0]})
+        for what, factor in ((bench.MEMORY, 1), (bench.PAGES, 0.5)):
+            log.add({"round": number, "who": what, "test": f"before {test.name}", "value": factor * reads[0]})
+            log.add({"round": number, "who": what, "test": f"after {test.name}", "value": factor * reads[1]})
         for who, name, value in ((bench.OURS, test.name, ours), (bench.THEIRS, test.name, theirs)):
             log.add({"round": number, "who": who, "test": name, "value": value})
-        log.add({"round": number, "who": bench.MEMORY, "test": f"after {test.name}", "value": reads[1]})
     found = bench.report(log, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
     (row,) = found["tests"]
     assert (row["ours_tok_per_s"], row["llama_tok_per_s"], row["ratio"]) == (12, 5, 2)
@@ -100,6 +102,10 @@ def test_medians_ratios_and_bounds(bench, tmp_path):
     assert row["bound_runs"] == [15, 10, 30]  # of what the memory gave around each run
     assert (row["bound_tok_per_s"], row["bound_share"]) == (15, 10 / 15)
     assert (found["read_bytes_per_s"], len(found["read_runs"])) == (21300, 6)
+    assert (found["pages_bytes_per_s"], len(found["pages_runs"])) == (10650, 6)
+    assert row["pages_shares"] == [2 * share for share in row["bound_shares"]]
+    bench.print_report("title", found)
+    assert "133.3 % (133 to 240)" in capsys.readouterr().out
     bench.plot(tmp_path / "plot.svg", "title", found)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
@@ -138,6 +144,8 @@ def test_the_memory_is_really_read(bench):
     for n_parts in (1, 2, 3):
         assert bench.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
     assert 1e8 < bench.read_bytes_per_s(1, 1 << 24) < 1e13
+    assert not bench.has_pages(embedded_model_path())  # it fits the processor's cache
+    assert 1e8 < bench.file_bytes_per_s(1, embedded_model_path()) < 1e13
 
 
 def options(bench, *words):

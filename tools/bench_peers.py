@@ -11,17 +11,20 @@ larger --rounds adds rounds.
 The bound of generation is the speed of reading memory divided by the bytes that one token must read: all weights but
 the embeddings and the idle experts, and the cache. The memory is read right before and right after each generation,
 since what a shared machine's memory gives may change from minute to minute. A model that fits the processor's cache
-may exceed its bound.
+may exceed its bound. Not all memory need be equally fast, least of all a virtual machine's: of a large model in memory
+the file's own pages are read, too, by the same loop.
 """
 
 import argparse
 import dataclasses
 import json
+import mmap
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +40,11 @@ from edge_moe.kernels.fetches import prefetch_once
 from edge_moe.kernels.jit import parallel_kernel
 from edge_moe.kernels.simd import address_of, i32x16, load, splat, store
 
-OURS, THEIRS, MEMORY = "edge_moe", "llama.cpp", "memory"
+OURS, THEIRS, MEMORY, PAGES = "edge_moe", "llama.cpp", "memory", "the file's pages"
 BEFORE, AFTER = "before", "after"
 CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
 READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
-READ_PASSES = 9
+READ_PASSES, FILE_PASSES = 9, 3
 READ_AHEAD = 4096
 
 
@@ -135,14 +138,44 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
     words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
     set_threads(threads)
-    speeds = []
-    for _ in range(READ_PASSES + 1):
+    speeds, total = read_passes(words, threads, READ_PASSES)
+    if total != words.size:
+        raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
+    return speeds
+
+
+def read_passes(words: np.ndarray, threads: int, passes: int) -> tuple[float, int]:
+    """The median speed of reading words u32[N], after one pass that does not count, in bytes a second; their sum."""
+    speeds, totals = [], set()
+    for _ in range(passes + 1):
         started = time.perf_counter()
-        total = sum_words(words, threads)
-        if int(total) != words.size:
-            raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
+        totals.add(int(sum_words(words, threads)))
         speeds.append(words.nbytes / (time.perf_counter() - started))
-    return float(statistics.median(speeds[1:]))
+    if len(totals) > 1:
+        raise RuntimeError(f"{words.nbytes} bytes had the sums {totals}; do not write to the file meanwhile")
+    return float(statistics.median(speeds[1:])), totals.pop()
+
+
+def has_pages(path: Path) -> bool:
+    """Whether a file is large enough to measure the memory by its pages, and small enough to stay there."""
+    import psutil
+
+    return READ_BYTES <= path.stat().st_size < psutil.virtual_memory().available
+
+
+def file_bytes_per_s(threads: int, path: Path) -> float:
+    """The speed of reading the pages of a file in order, mapped as edge_moe maps a model."""
+    from edge_moe.kernels.elementwise import set_threads
+
+    set_threads(threads)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+        words = np.frombuffer(mapped, np.uint32, len(mapped) // 4)
+        speed, _ = read_passes(words, threads, FILE_PASSES)
+        del words  # it would keep the mapping from being closed
+    return speed
 
 
 @dataclass(frozen=True)
@@ -214,13 +247,17 @@ class Log:
         """Results of a test by round."""
         return {each["round"]: each["value"] for each in self.entries if (each["who"], each["test"]) == (who, test)}
 
+    def reads(self, who: str) -> list[float]:
+        """All results of what is read, in bytes a second."""
+        return [float(each["value"]) for each in self.entries if each["who"] == who]
+
 
 def measure(
     log: Log,
     tests: Sequence[Test],
     rounds: int,
     engines: dict[str, Callable[[Test], float]],
-    read_speed: Callable[[], float],
+    read_speeds: dict[str, Callable[[], float]],
     show: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
     """Run what the log does not have yet: each round each test by both, in turn, and the memory around our tokens."""
@@ -232,10 +269,10 @@ def measure(
             for who in order:
                 has_bound = who == OURS and test.kind == "tg"
                 if has_bound:
-                    jobs.append((MEMORY, f"{BEFORE} {test.name}", read_speed))
+                    jobs += [(what, f"{BEFORE} {test.name}", read) for what, read in read_speeds.items()]
                 jobs.append((who, test.name, lambda who=who, test=test: engines[who](test)))
                 if has_bound:
-                    jobs.append((MEMORY, f"{AFTER} {test.name}", read_speed))
+                    jobs += [(what, f"{AFTER} {test.name}", read) for what, read in read_speeds.items()]
         total = rounds * len(jobs)
         for who, name, job in jobs:
             if not log.has(number, who, name):
@@ -249,7 +286,7 @@ def measure(
 
 def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
     """Medians, ratios and bounds."""
-    rows, speeds = [], [float(entry["value"]) for entry in log.entries if entry["who"] == MEMORY]
+    rows, reads = [], {MEMORY: log.reads(MEMORY), PAGES: log.reads(PAGES)}
     for test in tests:
         ours, theirs = log.values(OURS, test.name), log.values(THEIRS, test.name)
         ratios = [ours[number] / theirs[number] for number in sorted(ours) if number in theirs]
@@ -272,9 +309,18 @@ def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
             row["bound_runs"] = list(bounds.values())
             row["bound_shares"] = [ours[n] / bounds[n] for n in bounds]
             row["bound_share"] = statistics.median(row["bound_shares"])
+            if reads[PAGES]:
+                before, after = (log.values(PAGES, f"{when} {test.name}") for when in (BEFORE, AFTER))
+                row["pages_shares"] = [
+                    2 * ours[n] * row["bytes_per_token"] / (before[n] + after[n]) for n in sorted(ours)
+                ]
+                row["pages_share"] = statistics.median(row["pages_shares"])
         rows.append(row)
-    read = {"read_bytes_per_s": statistics.median(speeds), "read_runs": speeds} if speeds else {}
-    return {**read, "weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
+    found: dict[str, Any] = {"weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
+    for name, who in (("read", MEMORY), ("pages", PAGES)):
+        if speeds := reads[who]:
+            found |= {f"{name}_bytes_per_s": statistics.median(speeds), f"{name}_runs": speeds}
+    return found
 
 
 def print_report(title: str, found: dict[str, Any]) -> None:
@@ -284,7 +330,8 @@ def print_report(title: str, found: dict[str, Any]) -> None:
 
     table = Table(title=title, title_justify="left")
     table.add_column("test")
-    for column in ("edge_moe tok/s", "llama.cpp tok/s", "ratio (range)", "memory's bound", "of the bound"):
+    columns = ["edge_moe tok/s", "llama.cpp tok/s", "ratio (range)", "memory's bound", "of the bound"]
+    for column in columns + (["of reading the file"] if "pages_runs" in found else []):
         table.add_column(column, justify="right")
     for row in found["tests"]:
         cells = [
@@ -294,17 +341,19 @@ def print_report(title: str, found: dict[str, Any]) -> None:
             f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
         ]
         if "bound_tok_per_s" in row:
-            shares = row["bound_shares"]
-            reach = f"({100 * min(shares):.0f} to {100 * max(shares):.0f})"
-            cells += [f"{row['bound_tok_per_s']:.1f}", f"{100 * row['bound_share']:.1f} % {reach}"]
+            cells.append(f"{row['bound_tok_per_s']:.1f}")
+            for shares in (row[name] for name in ("bound_shares", "pages_shares") if name in row):
+                reach = f"({100 * min(shares):.0f} to {100 * max(shares):.0f})"
+                cells.append(f"{100 * statistics.median(shares):.1f} % {reach}")
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: cells must not be cut there
     console.print(table)
-    weights = f"a token reads {format_bytes(found['weights_bytes_per_token'])} of weights"
-    if speeds := found.get("read_runs"):
-        low, high = format_bytes(min(speeds)), format_bytes(max(speeds))
-        weights = f"memory reads {format_bytes(found['read_bytes_per_s'])}/s ({low} to {high}), {weights}"
-    console.print(weights)
+    lines = [f"a token reads {format_bytes(found['weights_bytes_per_token'])} of weights"]
+    for name, what in (("pages", PAGES), ("read", MEMORY)):
+        if speeds := found.get(f"{name}_runs"):
+            low, high = format_bytes(min(speeds)), format_bytes(max(speeds))
+            lines.insert(0, f"{what}: {format_bytes(found[f'{name}_bytes_per_s'])}/s ({low} to {high})")
+    console.print(", ".join(lines))
 
 
 def plot(path: Path, title: str, found: dict[str, Any]) -> None:
@@ -413,7 +462,7 @@ def execute(args: argparse.Namespace) -> None:
         "kv": args.kv,
         "llama_kv": args.llama_kv or args.kv,
         "repetitions": args.repetitions,
-        "memory": f"read {BEFORE} and {AFTER}, medians",
+        "memory": f"read {BEFORE} and {AFTER}, medians, and the file's pages",
     }
     log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
     engines = {OURS: lambda test: our_speed(args, test), THEIRS: lambda test: llama_speed(args, test)}
@@ -422,7 +471,10 @@ def execute(args: argparse.Namespace) -> None:
         def show(done: int, total: int, what: str) -> None:
             display.show("measuring", done, total, what)
 
-        measure(log, tests, args.rounds, engines, lambda: read_bytes_per_s(args.threads), show)
+        reads: dict[str, Callable[[], float]] = {MEMORY: lambda: read_bytes_per_s(args.threads)}
+        if has_pages(args.model):
+            reads[PAGES] = lambda: file_bytes_per_s(args.threads, args.model)
+        measure(log, tests, args.rounds, engines, reads, show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)
     title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {rounds} rounds"
