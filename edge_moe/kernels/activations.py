@@ -6,9 +6,9 @@ are filled up with zeros to a multiple of 64, so that a pair of blocks always fi
 groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
 
 What follows is for rows on long registers. For groups of 256 all is there once more in the order in which four
-superblocks of nibbles are taken: the codes in the order of nibbles (`_nibble_place`), their int16 sums of each 32, the
-scales, each twice; then those of the last four groups, with zeros for what fours before have had. For groups of 32 the
-codes are in words of four columns: of each four groups the first words, then the second ones, and so on.
+superblocks of nibbles are taken: the codes in the order of nibbles (`_store_in_nibbles`), their int16 sums of each 32,
+the scales, each twice; then those of the last four groups, with zeros for what fours before have had. For groups of 32
+the codes are in words of four columns: of each four groups the first words, then the second ones, and so on.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
@@ -28,6 +28,7 @@ from edge_moe.kernels.simd import (
     f32x4,
     f32x16,
     fetch_add,
+    high_half,
     i8x16,
     i16x4,
     i16x16,
@@ -35,6 +36,7 @@ from edge_moe.kernels.simd import (
     join,
     larger,
     load,
+    low_half,
     picker,
     reduce_add,
     reduce_max,
@@ -115,16 +117,29 @@ def record_bytes(n_cols, group):
     return (last_scales_offset(n_cols) + 32 + 63) & ~63 if group == 256 else words_offset(n_cols) + (n_cols & ~127)
 
 
-@both_sides
-def _nibble_place(column):
-    """Place of 8 of 256 columns, from a multiple of 8 on, among the codes in the order of nibbles.
+# Of the parts of 128 bits of two registers the lower halves, of each in turn; the upper ones.
+lower_of_parts, upper_of_parts = (
+    picker([4 * part + half + i + register for part in range(4) for register in (0, 16) for i in (0, 1)])
+    for half in (0, 2)
+)
 
-    Bytes of nibbles are read as two registers: of each 64 columns the first 32 are in lower nibbles, the others in
-    upper ones. The lower halves of all parts of 128 bits, of the one register and the other in turn, are the first 64
-    places, with their lower nibbles; the upper halves are the next; then both with their upper nibbles.
+
+@inline_kernel
+def _store_in_nibbles(codes, place):
+    """256 codes at an address -> in the order of nibbles at another.
+
+    A superblock's nibbles are two registers: of each 64 columns the first 32 are in lower nibbles, the others in upper
+    ones. The lower halves of all parts of 128 bits, of the one register and the other in turn, are the first 64 places,
+    with their lower nibbles; the upper halves are the next; then both with their upper nibbles.
     """
-    half, part, is_upper = column >> 3 & 1, column >> 4 & 1 | column >> 5 & 2, column >> 5 & 1
-    return 128 * is_upper + 64 * half + 16 * part + 8 * (column >> 7)
+    both = join(load(u32x16, codes), load(u32x16, codes + 128))
+    more = join(load(u32x16, codes + 64), load(u32x16, codes + 192))
+    lower, more_lower = lower_of_parts(both), lower_of_parts(more)
+    upper, more_upper = upper_of_parts(both), upper_of_parts(more)
+    store(place, join(low_half(lower), low_half(more_lower)))
+    store(place + 64, join(low_half(upper), low_half(more_upper)))
+    store(place + 128, join(high_half(lower), high_half(more_lower)))
+    store(place + 192, join(high_half(upper), high_half(more_upper)))
 
 
 @inline_kernel
@@ -150,8 +165,7 @@ def _quantize_256(x, record, n_cols):
             low, high = join(convert(i8x16, p), convert(i8x16, q)), join(convert(i8x16, r), convert(i8x16, s))
             store(record + i, join(low, high))
             store(sums + i // 8, convert(i16x4, quarter_sums(quarters(p, q, r, s))))
-        for i in range(0, 256, 8):
-            store(in_nibbles + start + _nibble_place(i), load(types.int64, record + start + i))
+        _store_in_nibbles(record + start, in_nibbles + start)
         both = load(i16x16, sums + start // 8)
         store(sums_of_32 + start // 16, _even(both) + _odd(both))
     n_blocks = n_cols // 256

@@ -3,6 +3,7 @@
 from numba import types
 from numba.extending import overload_method
 
+from edge_moe.kernels.activations import lower_of_parts, upper_of_parts
 from edge_moe.kernels.blocks import (
     BlockFormat,
     SuperblockFormat,
@@ -172,13 +173,6 @@ def _factors_of_two_pairs(fmt, a, b, x_scales):
     return factors_of_two_pairs
 
 
-# Of the parts of 128 bits of two registers the lower halves, of each in turn; the upper ones.
-_lower_of_parts, _upper_of_parts = (
-    picker([4 * part + half + i + register for part in range(4) for register in (0, 16) for i in (0, 1)])
-    for half in (0, 2)
-)
-
-
 @overload_method(SuperblockFormat, "nibble_codes")
 def _nibble_codes(fmt, block):
     has_fifth_bit = fmt.max_code > 15
@@ -188,12 +182,12 @@ def _nibble_codes(fmt, block):
         """The 256 codes in the order of nibbles, in which all 128 bits of a register have the same groups."""
         a, b = view(u32x16, load(u8x64, block + first)), view(u32x16, load(u8x64, block + first + 64))
         both = join(a, b)
-        lower, upper = view(u8x64, _lower_of_parts(both)), view(u8x64, _upper_of_parts(both))
+        lower, upper = view(u8x64, lower_of_parts(both)), view(u8x64, upper_of_parts(both))
         c_0, c_1, c_2, c_3 = nibbles_of(lower, 0), nibbles_of(upper, 0), nibbles_of(lower, 4), nibbles_of(upper, 4)
         if has_fifth_bit:
             bits = view(u32x16, twice(block + 16))
             twice_bits = join(bits, bits)
-            lower, upper = view(u8x64, _lower_of_parts(twice_bits)), view(u8x64, _upper_of_parts(twice_bits))
+            lower, upper = view(u8x64, lower_of_parts(twice_bits)), view(u8x64, upper_of_parts(twice_bits))
             c_0, c_1 = c_0 | _fifth_bits(lower, 0) << types.uint8(4), c_1 | _fifth_bits(upper, 0) << types.uint8(4)
             c_2, c_3 = c_2 | _fifth_bits(lower, 1) << types.uint8(4), c_3 | _fifth_bits(upper, 1) << types.uint8(4)
         return c_0, c_1, c_2, c_3
