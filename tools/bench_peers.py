@@ -18,13 +18,11 @@ the file's own pages are read, too, by the same loop.
 import argparse
 import dataclasses
 import json
-import mmap
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +136,10 @@ def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
     words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
     set_threads(threads)
-    speeds, total = read_passes(words, threads, READ_PASSES)
+    speed, total = read_passes(words, threads, READ_PASSES)
     if total != words.size:
         raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
-    return speeds
+    return speed
 
 
 def read_passes(words: np.ndarray, threads: int, passes: int) -> tuple[float, int]:
@@ -165,16 +163,12 @@ def has_pages(path: Path) -> bool:
 
 def file_bytes_per_s(threads: int, path: Path) -> float:
     """The speed of reading the pages of a file in order, mapped as edge_moe maps a model."""
+    from edge_moe.gguf import map_file
     from edge_moe.kernels.elementwise import set_threads
 
     set_threads(threads)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):
-                mapped.madvise(mmap.MADV_HUGEPAGE)
-        words = np.frombuffer(mapped, np.uint32, len(mapped) // 4)
-        speed, _ = read_passes(words, threads, FILE_PASSES)
-        del words  # it would keep the mapping from being closed
+    mapped = map_file(path)
+    speed, _ = read_passes(np.frombuffer(mapped, np.uint32, len(mapped) // 4), threads, FILE_PASSES)
     return speed
 
 
@@ -303,18 +297,14 @@ def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
         }
         if test.kind == "tg":
             row["bytes_per_token"] = traffic.bytes_at(test.depth + (test.n_tokens - 1) / 2)
-            before, after = (log.values(MEMORY, f"{when} {test.name}") for when in (BEFORE, AFTER))
-            bounds = {n: (before[n] + after[n]) / 2 / row["bytes_per_token"] for n in sorted(ours)}
-            row["bound_tok_per_s"] = statistics.median(bounds.values())
-            row["bound_runs"] = list(bounds.values())
-            row["bound_shares"] = [ours[n] / bounds[n] for n in bounds]
-            row["bound_share"] = statistics.median(row["bound_shares"])
-            if reads[PAGES]:
-                before, after = (log.values(PAGES, f"{when} {test.name}") for when in (BEFORE, AFTER))
-                row["pages_shares"] = [
-                    2 * ours[n] * row["bytes_per_token"] / (before[n] + after[n]) for n in sorted(ours)
-                ]
-                row["pages_share"] = statistics.median(row["pages_shares"])
+            for name, who in (("bound", MEMORY), ("pages", PAGES)):
+                if reads[who]:
+                    before, after = (log.values(who, f"{when} {test.name}") for when in (BEFORE, AFTER))
+                    bounds = {n: (before[n] + after[n]) / 2 / row["bytes_per_token"] for n in sorted(ours)}
+                    row[f"{name}_tok_per_s"] = statistics.median(bounds.values())
+                    row[f"{name}_runs"] = list(bounds.values())
+                    row[f"{name}_shares"] = [ours[n] / bounds[n] for n in bounds]
+                    row[f"{name}_share"] = statistics.median(row[f"{name}_shares"])
         rows.append(row)
     found: dict[str, Any] = {"weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
     for name, who in (("read", MEMORY), ("pages", PAGES)):

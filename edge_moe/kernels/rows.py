@@ -107,6 +107,19 @@ def _add_quartet(fmt, a, b, c, d, x, i, n_cols, even, odd, minimums):
     return add_quartet
 
 
+@inlined_method(BlockFormat, "quartet")
+def _quartet(fmt, row, i, ahead):
+    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
+
+    def quartet(fmt, row, i, ahead):
+        """Where block i and the next three of a row are. As many are fetched ahead."""
+        a = row + i * size
+        fetch(ahead + i * size, a)
+        return a, a + size, a + 2 * size, a + 3 * size
+
+    return quartet
+
+
 @inlined_method(BlockFormat, "last_quartet")
 def _last_quartet(fmt, row, n_blocks, ahead):
     size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
@@ -135,17 +148,13 @@ def _total_of(fmt, even, odd, minimums):
 
 @inlined_method(BlockFormat, "row_total")
 def _block_row_total(fmt, row, x, n_cols, ahead):
-    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
-
     def row_total(fmt, row, x, n_cols, ahead):
         """Four blocks at a time; those that a row's end lacks are its last once more, times scales of zero."""
         even = odd = splat(f32x16, types.float32(0.0))
         minimums = splat(f32x4, types.float32(0.0))
         n_blocks = n_cols // 32
         for i in range(0, n_blocks & ~3, 4):
-            a = row + i * size
-            fetch(ahead + i * size, a)
-            b, c, d = a + size, a + 2 * size, a + 3 * size
+            a, b, c, d = fmt.quartet(row, i, ahead)
             even, odd, minimums = fmt.add_quartet(a, b, c, d, x, i, n_cols, even, odd, minimums)
         if n_blocks & 3:
             a, b, c, d = fmt.last_quartet(row, n_blocks, ahead)
@@ -157,17 +166,13 @@ def _block_row_total(fmt, row, x, n_cols, ahead):
 
 @inlined_method(BlockFormat, "row_totals_of_two")
 def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
-    size, fetch = fmt.block_bytes, fetcher(0, 4 * fmt.block_bytes)
-
     def row_totals_of_two(fmt, row, x, y, n_cols, ahead):
         """`row_total` of two records, the blocks read once."""
         even_x = odd_x = even_y = odd_y = splat(f32x16, types.float32(0.0))
         minimums_x = minimums_y = splat(f32x4, types.float32(0.0))
         n_blocks = n_cols // 32
         for i in range(0, n_blocks & ~3, 4):
-            a = row + i * size
-            fetch(ahead + i * size, a)
-            b, c, d = a + size, a + 2 * size, a + 3 * size
+            a, b, c, d = fmt.quartet(row, i, ahead)
             even_x, odd_x, minimums_x = fmt.add_quartet(a, b, c, d, x, i, n_cols, even_x, odd_x, minimums_x)
             even_y, odd_y, minimums_y = fmt.add_quartet(a, b, c, d, y, i, n_cols, even_y, odd_y, minimums_y)
         if n_blocks & 3:
