@@ -247,6 +247,15 @@ def test_assembly(triple, cpu, features, pattern):
 
 
 @pytest.mark.slow
+def test_assembly_of_tiles_with_few_registers():
+    """Sums of products stay in registers: LLVM alone began with several steps at once, and stored and loaded sums."""
+    text = assembly("Q4_K", "x86_64-unknown-linux-gnu", "haswell", "avx2,f16c,fma,ssse3")
+    assert len(re.findall(r"vpmaddubsw.*%ymm", text)) >= 64
+    assert len(re.findall(r"vpaddw.*%ymm", text)) >= 56
+    assert not re.search(r"vpaddw\s+-?\d*\(%r[sb]p\)", text)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL"])
 def test_assembly_of_other_formats(name):
     """The same with AVX512-VNNI: whole registers of dot products, a number for all rows spread by the product."""

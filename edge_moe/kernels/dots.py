@@ -119,6 +119,18 @@ class GroupDot:
         # Two products of the largest code: how many such sums does a 16-bit lane hold?
         self.chain = 1 if fmt.signed else max(1, 32767 // (2 * MAX_ACTIVATION * fmt.max_code))
 
+    @property
+    def sums(self) -> ir.Value:
+        """What the next products will be added to."""
+        return self.total if self.pending is None else self.pending
+
+    @sums.setter
+    def sums(self, value: ir.Value) -> None:
+        if self.pending is None:
+            self.total = value
+        else:
+            self.pending = value
+
     def add(self, codes: ir.Value, x: ir.Value) -> None:
         """Take one more register of each."""
         builder = self.builder

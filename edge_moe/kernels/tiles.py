@@ -32,6 +32,9 @@ TILE_ROWS = 16
 # As many accumulators as leave registers for the operands.
 TILE_TOKENS = 8 if TARGET.registers * TARGET.register_bytes >= 2048 else 4
 
+# With 16 registers LLVM would begin with products of several steps at once, and store and load most of their sums.
+STEPS_IN_ORDER = TARGET.is_x86 and TARGET.register_bytes == 32
+
 SCALED = f32x16 if SCALES_ARE_FLOATS else i32x16  # in which a superblock's groups are scaled and added
 
 
@@ -68,9 +71,27 @@ def tile_zero(typingctx: Any, kind: Any) -> Any:
     return tile(kind), codegen
 
 
+def _in_order(builder: ir.IRBuilder, values: list[ir.Value], address: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+    """The same values and address, all known only when all are: an assembly of nothing between two steps."""
+    lanes = values[0].type.count // 2  # of two registers each
+    halves = [rearrange(builder, v, range(i, i + lanes)) for v in values for i in (0, lanes)]
+    types_ = [each.type for each in halves] + [address.type]
+    n = len(halves)
+    constraints = ",".join(["=x"] * n + ["=r"] + [str(i) for i in range(n + 1)])
+    kind = ir.LiteralStructType(types_)
+    done = builder.asm(ir.FunctionType(kind, types_), "", constraints, [*halves, address], side_effect=False)
+    parts = [builder.extract_value(done, i) for i in range(n + 1)]
+    both = range(2 * lanes)
+    return [rearrange(builder, parts[i], both, parts[i + 1]) for i in range(0, n, 2)], parts[n]
+
+
 def _tile_dot(builder: Any, fmt: Any, total: Any, codes: Any, x: Any, offset: Any, scale: Any) -> Any:
     groups = [GroupDot(builder, fmt, acc, scale) for acc in unpack_tile(builder, total)]
     for step in range(fmt.group // 4):  # a register of codes meets all tokens before the next is loaded
+        if step and STEPS_IN_ORDER and fmt.group > 16:
+            sums, codes = _in_order(builder, [group.sums for group in groups], codes)
+            for group, each in zip(groups, sums, strict=True):
+                group.sums = each
         w = load_at(builder, codes, ir.VectorType(BYTE, 64), 64 * step)
         for group, quad in zip(groups, numbers_at(builder, x, offset, step, I32), strict=True):
             group.add(w, builder.bitcast(quad, w.type))
