@@ -134,6 +134,8 @@ row_bytes = fmt.row_bytes(n_cols)
 n_rows = (LINES * 64 - 4096) // row_bytes
 reach = max(fetches.FAR_BYTES, row_bytes)
 end = n_rows * row_bytes
+"""
+_ROWS = """
 for threads in (1, 2):
     set_threads(threads)
     noted[:] = 0
@@ -153,14 +155,34 @@ for threads in (1, 2):
     else:
         print([], [], sep="\\n")
 """
+_PANELS = """
+for threads in (1, 2):
+    set_threads(threads)
+    noted[:] = 0
+    products.linear(np.ones((9, n_cols), np.float32), [(fmt, FIRST, n_rows)])
+    before = pages[: threads * 16 * row_bytes // 64].sum()  # what threads begin with nobody could have announced
+    pages[: threads * 16 * row_bytes // 64 + 1] = 1
+    print(int(before), np.flatnonzero(pages[: end // 64] == 0).tolist())
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "n_cols"), [("F16", 1024), ("Q8_0", 1408), ("Q5_0", 1408), ("Q4_K", 2048)])
 def test_every_line_is_fetched_ahead(name, n_cols, tmp_path):
     """One that is left out is waited for: rows of Q8_0, of which one in 17 was, took 1.5 times as long."""
-    env = os.environ | {"EDGE_MOE_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", _NOTING, name, str(n_cols)]
+    assert _noted(_ROWS, name, n_cols, tmp_path).split() == ["[]"] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "n_cols"), [("Q8_0", 1408), ("Q4_K", 2048)])
+def test_rows_of_a_panel_are_fetched_ahead(name, n_cols, tmp_path):
+    """While one unit is multiplied, the next: unpacking waited for it, a quarter of a product of 48 tokens."""
+    assert _noted(_PANELS, name, n_cols, tmp_path).splitlines() == ["0 []"] * 2
+
+
+def _noted(script, name, n_cols, cache):
+    env = os.environ | {"EDGE_MOE_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", _NOTING + script, name, str(n_cols)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["[]"] * 6
+    return done.stdout

@@ -290,8 +290,8 @@ def test_assembly_of_fetches(cpu, features, fetch):
     """Weights are asked for into the level of the cache that keeps more of them under way: the second on Intel's."""
     text = assembly("Q4_K", "x86_64-unknown-linux-gnu", cpu, features)
     kinds = re.findall(r"prefetch(nta|t1|t2)\b", text)
-    assert set(kinds) == {fetch}
-    assert len(kinds) >= 9  # four superblocks of 144 bytes without a loop
+    assert set(kinds) <= {fetch, "t1"}  # rows of a panel always into the second
+    assert kinds.count(fetch) >= 9  # four superblocks of 144 bytes without a loop
     # what was asked for into the second level is asked for into the first, 2 KB before it is read
     again = {int(offset) % 64 for offset in re.findall(r"prefetcht0\s+(2[0-9]{3})\(", text)}
     assert len(re.findall(r"prefetcht0\s+2[0-9]{3}\(", text)) >= 9 and again == {0} if fetch == "t1" else not again

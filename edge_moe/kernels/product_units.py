@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from edge_moe.kernels import panels, short_rows  # noqa: F401 (their methods of the formats)
-from edge_moe.kernels.fetches import FAR_BYTES, fetch_pages
+from edge_moe.kernels.fetches import FAR_BYTES, fetch_pages, prefetch_far
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import take_items
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
@@ -27,7 +27,8 @@ GROUPS, GROUP_FIELDS = 8, 9
 ADDRESS, N_ROWS, BEGIN, END, OUT, ROWS_END, FIRST_TILE, STRIDE, CHOICE = range(GROUP_FIELDS)
 
 # Without panels the memory is the limit, and long runs of it are read faster: units are those of `take_items`, down to
-# such as are just worth fetching. SHARES is 0 where panels are wanted: these units are 16 rows.
+# such as are just worth fetching. SHARES is one for each thread; where panels are wanted it is minus the number of
+# threads, and units are 16 rows.
 LEAST_UNIT_BYTES = 16384
 
 
@@ -70,13 +71,17 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
 
 
 @spliced_kernel
-def _many_tokens(fmt, plan, group, row, row_end, scratch, panel):
-    """16 rows times tokens, by way of a panel."""
+def _many_tokens(fmt, plan, group, row, row_end, scratch, panel, ahead, ahead_end):
+    """16 rows times tokens, by way of a panel, while what lies at ahead:ahead_end is fetched, a part for each tile."""
     n_cols, row_bytes, tile_bytes = field(plan, N_COLS), field(plan, ROW_BYTES), field(plan, TILE_BYTES)
     n_rows, begin, end, n_valid = field(group, N_ROWS), field(group, BEGIN), field(group, END), row_end - row
     fmt.unpack(field(group, ADDRESS) + row * row_bytes, row_bytes, n_valid, n_cols, panel, scratch)
     tile = field(plan, TILES) + field(group, FIRST_TILE) * tile_bytes
+    part = ((ahead_end - ahead) // ((end - begin + TILE_TOKENS - 1) // TILE_TOKENS) + 64) & ~63
     for m in range(begin, end, TILE_TOKENS):
+        for line in range(ahead, min(ahead + part, ahead_end), 64):
+            prefetch_far(line)
+        ahead += part
         tile_store(scratch, fmt.tile(panel, tile, n_cols))
         tile += tile_bytes
         for t in range(min(TILE_TOKENS, end - m)):
@@ -152,19 +157,30 @@ def _units_of_rows(fmt, plan, n_rows, scratch):
 
 @spliced_kernel
 def _units_of_panels(fmt, plan, n_rows, scratch):
-    """Multiply units of 16 rows by way of panels, where a group has tokens enough."""
-    group, rows_begin = plan + 8 * GROUPS, 0
+    """Multiply units of 16 rows by way of panels, where a group has tokens enough.
+
+    Meanwhile the unit is fetched that will be taken as many units later as there are threads: by this one, or by
+    another that shares a cache with it. Unpacking, which jumps from row to row, would wait for the memory.
+    """
+    first_group, row_bytes = plan + 8 * GROUPS, field(plan, ROW_BYTES)
+    group, rows_begin = first_group, 0
+    ahead_group, ahead_begin = first_group, 0
     while True:
         row = TILE_ROWS * fetch_add(plan, 1)
         if row >= n_rows:
             return
-        while row >= field(group, ROWS_END):
-            rows_begin = field(group, ROWS_END)
-            group += 8 * GROUP_FIELDS
+        ahead = row - TILE_ROWS * field(plan, SHARES)
+        group, rows_begin = _group_of(row, group, rows_begin, first_group)
         row -= rows_begin
         end = min(row + TILE_ROWS, field(group, N_ROWS))
         if field(group, END) - field(group, BEGIN) >= PANEL_TOKENS:
-            _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024)
+            begin_bytes = end_bytes = types.int64(0)
+            if ahead < n_rows:
+                ahead_group, ahead_begin = _group_of(ahead, ahead_group, ahead_begin, first_group)
+                ahead -= ahead_begin
+                begin_bytes = field(ahead_group, ADDRESS) + ahead * row_bytes
+                end_bytes = begin_bytes + min(TILE_ROWS, field(ahead_group, N_ROWS) - ahead) * row_bytes
+            _many_tokens(fmt, plan, group, row, end, scratch, scratch + 1024, begin_bytes, end_bytes)
             continue
         _few_tokens(fmt, plan, group, row, end, types.int64(FAR_BYTES), scratch)
 
@@ -173,13 +189,13 @@ def _units_of_panels(fmt, plan, n_rows, scratch):
 def product_units(fmt, plan):
     """Multiply units of rows as long as the plan has some."""
     n_rows = field(plan + 8 * (GROUPS + GROUP_FIELDS * (field(plan, N_GROUPS) - 1)), ROWS_END)
-    shares = field(plan, SHARES)
-    memory = np.empty(2048 + (0 if shares else fmt.panel_bytes(field(plan, N_COLS))), np.uint8)
+    has_panels = field(plan, SHARES) < 0
+    memory = np.empty(2048 + (fmt.panel_bytes(field(plan, N_COLS)) if has_panels else 0), np.uint8)
     scratch = (address_of(memory) + 63) & ~63
-    if shares:
-        _units_of_rows(fmt, plan, n_rows, scratch)
-    else:
+    if has_panels:
         _units_of_panels(fmt, plan, n_rows, scratch)
+    else:
+        _units_of_rows(fmt, plan, n_rows, scratch)
     return memory.size  # the memory must live until here
 
 

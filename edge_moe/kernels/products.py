@@ -84,7 +84,7 @@ def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_thread
     panels = most >= units.PANEL_TOKENS
     plan = np.empty(units.GROUPS + units.GROUP_FIELDS * len(matrices), np.int64)
     plan[units.COUNTER], plan[units.N_COLS], plan[units.ROW_BYTES] = 0, n_cols, row_bytes
-    plan[units.SHARES], plan[units.TOKENS] = 0 if panels else n_threads, address_of(tokens)
+    plan[units.SHARES], plan[units.TOKENS] = -n_threads if panels else n_threads, address_of(tokens)
     counts = np.zeros((n_threads + 1) * SHARE_BYTES, np.uint8)
     plan[units.TILES], plan[units.TILE_BYTES] = address_of(tiles), tile_bytes
     if not panels:
