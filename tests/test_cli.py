@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import signal
 import statistics
@@ -175,15 +176,19 @@ def test_without_a_model_the_embedded_one_answers(capsys, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX accounting of children")
 @pytest.mark.slow
 def test_a_warm_run_takes_little_time_to_the_first_token():
-    """Processor time, since the machine may do other work: a bound of what an idle one needs."""
+    """Processor time, in which importing numba takes a third of it: nothing is compiled, nothing heavy is imported."""
     import resource
 
-    argv = [sys.executable, "-m", "edge_moe", "run", "Once upon a time", "-n", "1", "--no-stats"]
-    subprocess.run(argv, check=True, capture_output=True, timeout=500)  # compiles, if that was not done
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(argv, check=True, capture_output=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 2.5
+    def processor_s(*argv):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *argv], check=True, capture_output=True, timeout=500)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+    run = ["-m", "edge_moe", "run", "Once upon a time", "-n", "1", "--no-stats"]
+    processor_s(*run)  # compiles, if that was not done
+    ratios = [processor_s(*run) / processor_s("-c", "import numba") for _ in range(3)]
+    assert statistics.median(ratios) < 4.5, ratios
 
 
 # ---- chat ----
@@ -194,6 +199,27 @@ def chat(monkeypatch, capsys, text, *argv):
     status = main(["chat", MODEL, "-n", "8", "--temp", "0", *argv])
     out, err = capsys.readouterr()
     return status, out, err
+
+
+_FREED = """
+import resource
+import numpy as np
+from edge_moe.cli.loading import keep_freed_memory
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        np.empty(40 << 18, np.float32)[:] = 1
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have their own ways")
+def test_freed_memory_is_kept():
+    """Buffers of 40 MB are not given back to the system: it would clear them anew for each layer of a prompt."""
+    done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert second < first / 4
 
 
 def test_chat_keeps_the_conversation_in_the_cache(monkeypatch, capsys):
