@@ -29,7 +29,6 @@ class Engines:
 
     def __init__(self, bench, stop_after=10**9):
         self.calls, self.stop_after = [], stop_after
-        self.reads = {bench.MEMORY: self.read}
         self.speeds = {bench.OURS: self.caller(bench.OURS), bench.THEIRS: self.caller(bench.THEIRS)}
 
     def caller(self, who):
@@ -41,21 +40,24 @@ class Engines:
 
         return speed
 
-    def read(self):
-        self.calls.append("read")
-        return 1e10
+    def pace(self, test):
+        self.calls.append(("pace", test.name))
+        return {"tok_per_s": 1.0, "reads": {"memory": 1e10}, "shares": {"memory": 0.5}}
 
 
 def test_both_take_turns(bench, tmp_path):
     tests = [bench.Test("tg", 8, 256), bench.Test("pp", 32)]
     log, engines = bench.Log(tmp_path / "log.jsonl", SETUP), Engines(bench)
     steps = []
-    bench.measure(log, tests, 2, engines.speeds, engines.reads, lambda *step: steps.append(step[:2]))
-    ours = ["read", (bench.OURS, "tg8@d256"), "read"]
-    first = [*ours, (bench.THEIRS, "tg8@d256"), (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
-    second = [(bench.THEIRS, "tg8@d256"), *ours, (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
+    bench.measure(log, tests, 2, engines.speeds, engines.pace, lambda *step: steps.append(step[:2]))
+    ours, theirs, pace = (bench.OURS, "tg8@d256"), (bench.THEIRS, "tg8@d256"), ("pace", "tg8@d256")
+    first = [ours, theirs, pace, (bench.OURS, "pp32"), (bench.THEIRS, "pp32")]
+    second = [theirs, ours, pace, (bench.THEIRS, "pp32"), (bench.OURS, "pp32")]
     assert engines.calls == first + second
-    assert steps == [(i, 12) for i in range(12)]
+    assert steps == [(i, 10) for i in range(10)]
+    without = Engines(bench)
+    bench.measure(bench.Log(tmp_path / "without.jsonl", SETUP), tests, 2, without.speeds, None)
+    assert without.calls == [call for call in engines.calls if call != pace]
 
 
 @pytest.mark.parametrize("torn", ["", '{"round": 2, "who": "edge', '{"round": 2}'])
@@ -64,16 +66,16 @@ def test_a_cut_run_goes_on_where_it_stopped(bench, tmp_path, torn):
     path = tmp_path / "log.jsonl"
     stopped = Engines(bench, stop_after=8)
     with pytest.raises(KeyboardInterrupt):
-        bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.reads)
+        bench.measure(bench.Log(path, SETUP), tests, 3, stopped.speeds, stopped.pace)
     path.write_text(path.read_text() + torn)
     rest = Engines(bench)
     log = bench.Log(path, SETUP)
-    bench.measure(log, tests, 3, rest.speeds, rest.reads)
+    bench.measure(log, tests, 3, rest.speeds, rest.pace)
     whole = Engines(bench)
-    bench.measure(bench.Log(tmp_path / "whole.jsonl", SETUP), tests, 3, whole.speeds, whole.reads)
+    bench.measure(bench.Log(tmp_path / "whole.jsonl", SETUP), tests, 3, whole.speeds, whole.pace)
     assert stopped.calls + rest.calls == whole.calls
     again = Engines(bench, stop_after=0)
-    bench.measure(bench.Log(path, SETUP), tests, 3, again.speeds, again.reads)  # nothing is left to do
+    bench.measure(bench.Log(path, SETUP), tests, 3, again.speeds, again.pace)  # nothing is left to do
     assert bench.Log(path, SETUP).entries == log.entries
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -86,26 +88,34 @@ def test_a_log_of_another_setup_is_refused(bench, tmp_path):
 
 def test_medians_ratios_and_bounds(bench, tmp_path, capsys):
     log, test = bench.Log(tmp_path / "log.jsonl", SETUP), bench.Test("tg", 11, 100)
-    for number, (ours, theirs, reads) in enumerate(
-        [(10, 5, (14200, 28400)), (12, 8, (14200, 14200)), (20, 4, (42600, 42600))], start=1
+    for number, (ours, theirs, read, share) in enumerate(
+        [(10, 5, 21300, 0.75), (12, 8, 14200, 0.5), (20, 4, 42600, 0.8)], start=1
     ):
-        for what, factor in ((bench.MEMORY, 1), (bench.PAGES, 0.5)):
-            log.add({"round": number, "who": what, "test": f"before {test.name}", "value": factor * reads[0]})
-            log.add({"round": number, "who": what, "test": f"after {test.name}", "value": factor * reads[1]})
-        for who, name, value in ((bench.OURS, test.name, ours), (bench.THEIRS, test.name, theirs)):
+        reads = {bench.MEMORY: read, bench.PAGES: read / 2}
+        paced = {"tok_per_s": 11.0, "reads": reads, "shares": {bench.MEMORY: share, bench.PAGES: 2 * share}}
+        for who, name, value in (
+            (bench.OURS, test.name, ours),
+            (bench.THEIRS, test.name, theirs),
+            (bench.PACE, test.name, paced),
+        ):
             log.add({"round": number, "who": who, "test": name, "value": value})
     found = bench.report(log, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
     (row,) = found["tests"]
     assert (row["ours_tok_per_s"], row["llama_tok_per_s"], row["ratio"]) == (12, 5, 2)
     assert (row["ratio_min"], row["ratio_max"]) == (1.5, 5)
     assert row["bytes_per_token"] == 1000 + 4 * (100 + 5)  # halfway through the 11 tokens
-    assert row["bound_runs"] == [15, 10, 30]  # of what the memory gave around each run
-    assert (row["bound_tok_per_s"], row["bound_share"]) == (15, 10 / 15)
-    assert (found["read_bytes_per_s"], len(found["read_runs"])) == (21300, 6)
-    assert (found["pages_bytes_per_s"], len(found["pages_runs"])) == (10650, 6)
-    assert row["pages_shares"] == [2 * share for share in row["bound_shares"]]
+    assert (row["bound_tok_per_s"], row["bound_share"], row["bound_shares"]) == (15, 0.75, [0.75, 0.5, 0.8])
+    assert (row["pages_tok_per_s"], row["pages_share"], row["pages_shares"]) == (7.5, 1.5, [1.5, 1.0, 1.6])
+    assert (found["read_bytes_per_s"], found["read_runs"]) == (21300, [21300, 14200, 42600])
+    assert (found["pages_bytes_per_s"], len(found["pages_runs"])) == (10650, 3)
     bench.print_report("title", found)
-    assert "133.3 % (133 to 240)" in capsys.readouterr().out
+    assert "150.0 % (100.0 to 160.0)" in capsys.readouterr().out
+    unpaced = bench.Log(tmp_path / "unpaced.jsonl", SETUP)
+    unpaced.entries = [entry for entry in log.entries if entry["who"] != bench.PACE]
+    without = bench.report(unpaced, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
+    assert not {"bound_share", "pages_share"} & set(without["tests"][0])
+    bench.print_report("title", without)
+    bench.plot(tmp_path / "plot.png", "title", without)
     bench.plot(tmp_path / "plot.svg", "title", found)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
@@ -140,12 +150,72 @@ def test_bytes_of_keys_and_values(bench, kv, head_bytes):
 
 
 def test_the_memory_is_really_read(bench):
+    import memory_bound
+
     words = np.arange(100_003, dtype=np.uint32)
     for n_parts in (1, 2, 3):
-        assert bench.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
-    assert 1e8 < bench.read_bytes_per_s(1, 1 << 24) < 1e13
-    assert not bench.has_pages(embedded_model_path())  # it fits the processor's cache
-    assert 1e8 < bench.file_bytes_per_s(1, embedded_model_path()) < 1e13
+        assert memory_bound.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
+    assert all(1e8 < speed < 1e13 for speed in memory_bound.Reads(1, None, 1 << 24).speeds().values())
+
+
+def test_parts_of_a_file_are_read_one_after_the_other(bench, tmp_path):
+    import memory_bound
+
+    path = tmp_path / "words"
+    np.arange(1000, dtype=np.uint32).tofile(path)
+    reads = memory_bound.Reads(1, path, 1200)
+    for _ in range(4):
+        assert set(reads.speeds()) == {memory_bound.MEMORY, memory_bound.PAGES}
+    parts = [np.arange(i, i + 300).sum() for i in (0, 300, 600)]
+    assert reads.totals == {-1: 300} | dict(enumerate(parts))
+    with path.open("r+b") as file:
+        file.write(b"other")
+    reads.n_read = 0
+    with pytest.raises(RuntimeError, match="they changed"):
+        reads.speeds()
+
+
+def test_tokens_and_reads_take_turns(bench, monkeypatch):
+    """Each part's tokens are compared with the mean of the reads around it."""
+    import memory_bound
+
+    clock, speeds, calls = [0.0], iter([10, 20, 40, 60]), []
+
+    def token(i):
+        calls.append(i)
+        clock[0] += 1.0 + i
+
+    def read():
+        calls.append("read")
+        clock[0] += 100.0
+        return {"memory": next(speeds)}
+
+    monkeypatch.setattr(memory_bound.time, "perf_counter", lambda: clock[0])
+    seconds, reads = memory_bound.in_turn(token, 5, 2, read)
+    assert calls == ["read", 0, 1, "read", 2, 3, "read", 4, "read"]
+    assert (seconds, reads) == ([1.5, 3.5, 5.0], {"memory": [15, 30, 50]})
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_model_in_turn_with_the_memory(bench, monkeypatch, large):
+    """A share is the speed at which tokens took their bytes by that of reading; a small model is not interrupted."""
+    import memory_bound
+
+    monkeypatch.setattr(memory_bound, "is_large", lambda path: large)
+    monkeypatch.setattr(memory_bound, "READ_BYTES", 1 << 20)
+    at_once, in_turn = [], memory_bound.in_turn
+    monkeypatch.setattr(
+        memory_bound, "in_turn", lambda token, n, size, read: at_once.append((n, size)) or in_turn(token, n, size, read)
+    )
+    path = GOLDEN / "v2_lite.gguf"
+    pacer = bench.Pacer(path, "int8", 1, bench.traffic_of(path, "int8"))
+    for depth in (0, 8, 8):
+        found = pacer(6, depth)
+        assert found["tok_per_s"] > 0
+        assert set(found["shares"]) == set(found["reads"]) == ({bench.MEMORY, bench.PAGES} if large else {bench.MEMORY})
+        assert all(0 < share < 10 for share in found["shares"].values())
+    assert at_once == [(6, 4 if large else 6)] * 3
+    assert [(key, cache.length) for key, cache in pacer.caches.items()] == [((6, 0), 0), ((6, 8), 8)]
 
 
 def options(bench, *words):

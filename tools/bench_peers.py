@@ -9,10 +9,10 @@ appended to the log at once: called again with the same setup, the program goes 
 larger --rounds adds rounds.
 
 The bound of generation is the speed of reading memory divided by the bytes that one token must read: all weights but
-the embeddings and the idle experts, and the cache. The memory is read right before and right after each generation,
-since what a shared machine's memory gives may change from minute to minute. A model that fits the processor's cache
-may exceed its bound. Not all memory need be equally fast, least of all a virtual machine's: of a large model in memory
-the file's own pages are read, too, by the same loop.
+the embeddings and the idle experts, and the cache. What a shared machine's memory gives may change from second to
+second: so edge_moe generates once more, a few tokens and reads of memory in turn, and the share of the bound is the
+median of these comparisons. A model that fits the processor's cache may exceed its bound. Not all memory need be
+equally fast, least of all a virtual machine's: of a large model the file's own pages are read, too, by the same loop.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +28,14 @@ from typing import Any
 
 import numpy as np
 from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
-from numba import prange, types
+from memory_bound import MEMORY, PAGES, Pacer, Traffic, fits_memory, traffic_of
 
 from edge_moe.cli.report import Display, format_bytes, write_json
-from edge_moe.config import KV_KINDS, LlamaConfig
+from edge_moe.config import KV_KINDS
 from edge_moe.errors import EdgeMoeError
-from edge_moe.kernels.fetches import prefetch_once
-from edge_moe.kernels.jit import parallel_kernel
-from edge_moe.kernels.simd import address_of, i32x16, load, splat, store
 
-OURS, THEIRS, MEMORY, PAGES = "edge_moe", "llama.cpp", "memory", "the file's pages"
-BEFORE, AFTER = "before", "after"
+OURS, THEIRS, PACE = "edge_moe", "llama.cpp", "edge_moe and the memory in turn"
 CACHE_TYPES = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}  # what llama.cpp calls them
-READ_BYTES = 1 << 30  # read at a time to measure the memory: far more than any cache
-READ_PASSES, FILE_PASSES = 9, 3
-READ_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -102,104 +94,6 @@ def json_in(output: str, start: str, program: str) -> Any:
         raise ToolError(f"{program} printed no JSON: {output[:200]!r}") from None
 
 
-# ---- the memory
-
-
-@parallel_kernel
-def sum_words(words, n_parts):
-    """Read all of words u32[N], n_parts side by side; returns their sum modulo 2**32, so that no read is left out.
-
-    In registers, and asked for far ahead: a loop of plain additions waits for itself before it waits for the memory.
-    """
-    n_lines = words.size // 64
-    part = (n_lines + n_parts - 1) // n_parts
-    sums = np.zeros((n_parts, 16), np.int32)
-    first, out = address_of(words), address_of(sums)
-    for p in prange(n_parts):
-        a = b = c = d = splat(i32x16, types.int32(0))
-        for line in range(p * part, min(n_lines, (p + 1) * part)):
-            place = first + 256 * line
-            for i in range(READ_AHEAD, READ_AHEAD + 256, 64):
-                prefetch_once(place + i)
-            a, b = a + load(i32x16, place), b + load(i32x16, place + 64)
-            c, d = c + load(i32x16, place + 128), d + load(i32x16, place + 192)
-        store(out + 64 * p, (a + b) + (c + d))
-    return np.uint32((sums.sum() + words[64 * n_lines :].sum()) & 0xFFFFFFFF)
-
-
-def read_bytes_per_s(threads: int, n_bytes: int = READ_BYTES) -> float:
-    """The speed of reading n_bytes of memory in order with `threads` threads: the median of passes."""
-    import psutil
-
-    from edge_moe.kernels.elementwise import set_threads
-
-    n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
-    words = np.ones(n_bytes // 4, np.uint32)  # ones, not zeros: untouched pages would all be the same one
-    set_threads(threads)
-    speed, total = read_passes(words, threads, READ_PASSES)
-    if total != words.size:
-        raise RuntimeError(f"the sum of {words.size} ones came out as {total}")
-    return speed
-
-
-def read_passes(words: np.ndarray, threads: int, passes: int) -> tuple[float, int]:
-    """The median speed of reading words u32[N], after one pass that does not count, in bytes a second; their sum."""
-    speeds, totals = [], set()
-    for _ in range(passes + 1):
-        started = time.perf_counter()
-        totals.add(int(sum_words(words, threads)))
-        speeds.append(words.nbytes / (time.perf_counter() - started))
-    if len(totals) > 1:
-        raise RuntimeError(f"{words.nbytes} bytes had the sums {totals}; do not write to the file meanwhile")
-    return float(statistics.median(speeds[1:])), totals.pop()
-
-
-def has_pages(path: Path) -> bool:
-    """Whether a file is large enough to measure the memory by its pages, and small enough to stay there."""
-    import psutil
-
-    return READ_BYTES <= path.stat().st_size < psutil.virtual_memory().available
-
-
-def file_bytes_per_s(threads: int, path: Path) -> float:
-    """The speed of reading the pages of a file in order, mapped as edge_moe maps a model."""
-    from edge_moe.gguf import map_file
-    from edge_moe.kernels.elementwise import set_threads
-
-    set_threads(threads)
-    mapped = map_file(path)
-    speed, _ = read_passes(np.frombuffer(mapped, np.uint32, len(mapped) // 4), threads, FILE_PASSES)
-    return speed
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one token reads: of the weights always, of the cache for each token of context."""
-
-    weights_bytes: int
-    cache_bytes_per_position: float
-    has_values: bool = False  # the cache keeps values beside keys
-
-    def bytes_at(self, depth: float) -> float:
-        """Bytes read by a token behind `depth` tokens."""
-        return self.weights_bytes + depth * self.cache_bytes_per_position
-
-
-def traffic_of(path: Path, kv: str) -> Traffic:
-    """What the model's config and tensor sizes say. Raises FormatError, UnsupportedError."""
-    from edge_moe import plan
-    from edge_moe.checkpoint import open_checkpoint
-    from edge_moe.models.architectures import cache_bytes_by_kind, load_weights
-
-    checkpoint = open_checkpoint(path)
-    length = min(1024, checkpoint.config.max_position_embeddings)
-    cache_bytes = cache_bytes_by_kind(checkpoint.config, length)
-    if kv not in cache_bytes:
-        raise ToolError(f"--kv {kv}: the cache of {path.name} is one of {', '.join(cache_bytes)}")
-    _, weights_bytes = plan.active_weights(checkpoint.config, plan.parts(load_weights(checkpoint)))
-    return Traffic(weights_bytes, cache_bytes[kv] / length, isinstance(checkpoint.config, LlamaConfig))
-
-
 # ---- the log
 
 
@@ -237,13 +131,9 @@ class Log:
         """Whether a measurement is there already."""
         return any((each["round"], each["who"], each["test"]) == (round_number, who, test) for each in self.entries)
 
-    def values(self, who: str, test: str) -> dict[int, float]:
-        """Results of a test by round."""
+    def values(self, who: str, test: str) -> dict[int, Any]:
+        """Results of a test by round: tokens a second, or what a Pacer returns."""
         return {each["round"]: each["value"] for each in self.entries if (each["who"], each["test"]) == (who, test)}
-
-    def reads(self, who: str) -> list[float]:
-        """All results of what is read, in bytes a second."""
-        return [float(each["value"]) for each in self.entries if each["who"] == who]
 
 
 def measure(
@@ -251,27 +141,23 @@ def measure(
     tests: Sequence[Test],
     rounds: int,
     engines: dict[str, Callable[[Test], float]],
-    read_speeds: dict[str, Callable[[], float]],
+    pace: Callable[[Test], dict[str, Any]] | None,
     show: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
-    """Run what the log does not have yet: each round each test by both, in turn, and the memory around our tokens."""
+    """Run what the log does not have yet: each round each test by both, in turn, and our tokens in turn with memory."""
     done = 0
     for number in range(1, rounds + 1):
         order = list(engines) if number % 2 else list(engines)[::-1]
-        jobs: list[tuple[str, str, Callable[[], float]]] = []
+        jobs: list[tuple[str, Test, Callable[[Test], Any]]] = []
         for test in tests:
-            for who in order:
-                has_bound = who == OURS and test.kind == "tg"
-                if has_bound:
-                    jobs += [(what, f"{BEFORE} {test.name}", read) for what, read in read_speeds.items()]
-                jobs.append((who, test.name, lambda who=who, test=test: engines[who](test)))
-                if has_bound:
-                    jobs += [(what, f"{AFTER} {test.name}", read) for what, read in read_speeds.items()]
+            jobs += [(who, test, engines[who]) for who in order]
+            if pace is not None and test.kind == "tg":
+                jobs.append((PACE, test, pace))
         total = rounds * len(jobs)
-        for who, name, job in jobs:
-            if not log.has(number, who, name):
-                show(done, total, f"round {number}, {who} {name}")
-                log.add({"round": number, "who": who, "test": name, "value": job()})
+        for who, test, job in jobs:
+            if not log.has(number, who, test.name):
+                show(done, total, f"round {number}, {who} {test.name}")
+                log.add({"round": number, "who": who, "test": test.name, "value": job(test)})
             done += 1
 
 
@@ -280,7 +166,8 @@ def measure(
 
 def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
     """Medians, ratios and bounds."""
-    rows, reads = [], {MEMORY: log.reads(MEMORY), PAGES: log.reads(PAGES)}
+    rows = []
+    reads: dict[str, list[float]] = {MEMORY: [], PAGES: []}
     for test in tests:
         ours, theirs = log.values(OURS, test.name), log.values(THEIRS, test.name)
         ratios = [ours[number] / theirs[number] for number in sorted(ours) if number in theirs]
@@ -297,18 +184,18 @@ def report(log: Log, tests: Sequence[Test], traffic: Traffic) -> dict[str, Any]:
         }
         if test.kind == "tg":
             row["bytes_per_token"] = traffic.bytes_at(test.depth + (test.n_tokens - 1) / 2)
-            for name, who in (("bound", MEMORY), ("pages", PAGES)):
-                if reads[who]:
-                    before, after = (log.values(who, f"{when} {test.name}") for when in (BEFORE, AFTER))
-                    bounds = {n: (before[n] + after[n]) / 2 / row["bytes_per_token"] for n in sorted(ours)}
-                    row[f"{name}_tok_per_s"] = statistics.median(bounds.values())
-                    row[f"{name}_runs"] = list(bounds.values())
-                    row[f"{name}_shares"] = [ours[n] / bounds[n] for n in bounds]
+            paces = list(log.values(PACE, test.name).values())
+            for name, what in (("bound", MEMORY), ("pages", PAGES)):
+                if paces and what in paces[0]["reads"]:
+                    speeds = [pace["reads"][what] for pace in paces]
+                    reads[what] += speeds
+                    row[f"{name}_tok_per_s"] = statistics.median(speeds) / row["bytes_per_token"]
+                    row[f"{name}_shares"] = [pace["shares"][what] for pace in paces]
                     row[f"{name}_share"] = statistics.median(row[f"{name}_shares"])
         rows.append(row)
     found: dict[str, Any] = {"weights_bytes_per_token": traffic.weights_bytes, "tests": rows}
-    for name, who in (("read", MEMORY), ("pages", PAGES)):
-        if speeds := reads[who]:
+    for name, what in (("read", MEMORY), ("pages", PAGES)):
+        if speeds := reads[what]:
             found |= {f"{name}_bytes_per_s": statistics.median(speeds), f"{name}_runs": speeds}
     return found
 
@@ -333,7 +220,7 @@ def print_report(title: str, found: dict[str, Any]) -> None:
         if "bound_tok_per_s" in row:
             cells.append(f"{row['bound_tok_per_s']:.1f}")
             for shares in (row[name] for name in ("bound_shares", "pages_shares") if name in row):
-                reach = f"({100 * min(shares):.0f} to {100 * max(shares):.0f})"
+                reach = f"({100 * min(shares):.1f} to {100 * max(shares):.1f})"
                 cells.append(f"{100 * statistics.median(shares):.1f} % {reach}")
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width: cells must not be cut there
@@ -372,7 +259,8 @@ def plot(path: Path, title: str, found: dict[str, Any]) -> None:
             reach = [middle - [min(each) for each in runs], [max(each) for each in runs] - middle]
             axes.errorbar(x, middle, reach, marker=marker, capsize=2, label=name)
         if kind == "tg":
-            axes.plot(x, [row["bound_tok_per_s"] for row in rows], "k:", label="memory's bound")
+            if all("bound_tok_per_s" in row for row in rows):
+                axes.plot(x, [row["bound_tok_per_s"] for row in rows], "k:", label="memory's bound")
         else:
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [str(n) for n in x])
@@ -438,7 +326,8 @@ def execute(args: argparse.Namespace) -> None:
     from edge_moe.api import default_threads
 
     args.threads = args.threads or default_threads()
-    traffic = traffic_of(args.model, args.kv or KV_KINDS[0])  # first of all, as it reads the model's header
+    kv = args.kv or KV_KINDS[0]
+    traffic = traffic_of(args.model, kv)  # first of all, as it reads the model's header
     args.has_values = traffic.has_values
     find_tool("llama-bench", args.llama)
     tests = [Test("tg", args.n_gen, depth) for depth in args.contexts] + [Test("pp", n) for n in args.prompts]
@@ -452,7 +341,7 @@ def execute(args: argparse.Namespace) -> None:
         "kv": args.kv,
         "llama_kv": args.llama_kv or args.kv,
         "repetitions": args.repetitions,
-        "memory": f"read {BEFORE} and {AFTER}, medians, and the file's pages",
+        "memory": "in turn with a few tokens each",
     }
     log = Log(args.log or Path(args.model.stem + ".bench.jsonl"), setup)
     engines = {OURS: lambda test: our_speed(args, test), THEIRS: lambda test: llama_speed(args, test)}
@@ -461,10 +350,9 @@ def execute(args: argparse.Namespace) -> None:
         def show(done: int, total: int, what: str) -> None:
             display.show("measuring", done, total, what)
 
-        reads: dict[str, Callable[[], float]] = {MEMORY: lambda: read_bytes_per_s(args.threads)}
-        if has_pages(args.model):
-            reads[PAGES] = lambda: file_bytes_per_s(args.threads, args.model)
-        measure(log, tests, args.rounds, engines, reads, show)
+        pacer = Pacer(args.model, kv, args.threads, traffic)
+        pace = (lambda test: pacer(test.n_tokens, test.depth)) if fits_memory(args.model) else None
+        measure(log, tests, args.rounds, engines, pace, show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)
     title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {rounds} rounds"
