@@ -1,14 +1,14 @@
 """The int8 form in which activations meet quantized weights, one record for each token.
 
 A record holds the codes int8[columns], a float scale for each group of columns, and the codes' sums, which meet the
-weights' minimums: for groups of 256 int16 sums of each 16 codes, for groups of 32 float sums, already scaled. Columns
-are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to those of four
-groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
+weights' minimums: for groups of 256 int16 sums of each 16 codes and of each 32, for groups of 32 float sums, already
+scaled. Columns are filled up with zeros to a multiple of 64, so that a pair of blocks always fits; scales and sums to
+those of four groups of 32, or two of 256. For panels, the records of a few tokens are interleaved to a tile.
 
-What follows is for rows on long registers. For groups of 256 all is there once more in the order in which four
-superblocks of nibbles are taken: the codes in the order of nibbles (`_store_in_nibbles`), their int16 sums of each 32,
-the scales, each twice; then those of the last four groups, with zeros for what fours before have had. For groups of 32
-the codes are in words of four columns: of each four groups the first words, then the second ones, and so on.
+What follows is for rows on long registers. For groups of 256 there are, as four superblocks of nibbles take them, the
+codes in the order of nibbles (`_store_in_nibbles`) and the scales, each twice; then those of the last four groups, with
+zeros for what fours before have had. For groups of 32 the codes are in words of four columns: of each four groups the
+first words, then the second ones, and so on.
 
 What rounding leaves of a row can be had, too, for a second record: the two together have the precision of 15 bits.
 """
@@ -76,8 +76,16 @@ def sums_offset(n_cols, group):
 
 
 @both_sides
+def sums_of_32_offset(n_cols):
+    """Where in a record for groups of 256 the sums of each 32 codes start, in bytes."""
+    return sums_offset(n_cols, 256) + _summed_columns(n_cols, 256) // 8
+
+
+@both_sides
 def tiled_bytes(n_cols, group):
     """Bytes of a record that tiles hold, a multiple of 64."""
+    if group == 256:
+        return (sums_of_32_offset(n_cols) + n_cols // 16 + 63) & ~63
     return (sums_offset(n_cols, group) + _summed_columns(n_cols, group) // 8 + 63) & ~63
 
 
@@ -88,15 +96,9 @@ def nibbles_offset(n_cols):
 
 
 @both_sides
-def nibble_sums_offset(n_cols):
-    """Where in a record for groups of 256 the sums of each 32 codes start, in bytes."""
-    return nibbles_offset(n_cols) + padded_columns(n_cols)
-
-
-@both_sides
 def twice_scales_offset(n_cols):
     """Where in a record for groups of 256 the scales start that are there twice, in bytes."""
-    return nibble_sums_offset(n_cols) + n_cols // 16
+    return nibbles_offset(n_cols) + padded_columns(n_cols)
 
 
 @both_sides
@@ -147,7 +149,7 @@ def _quantize_256(x, record, n_cols):
     """Codes, scales and sums of groups of 256."""
     scales, sums = record + scales_offset(n_cols), record + sums_offset(n_cols, 256)
     in_nibbles, scales_twice = record + nibbles_offset(n_cols), record + twice_scales_offset(n_cols)
-    sums_of_32 = record + nibble_sums_offset(n_cols)
+    sums_of_32 = record + sums_of_32_offset(n_cols)
     for start in range(0, n_cols, 256):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(start, start + 256, 64):

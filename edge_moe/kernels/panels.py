@@ -7,7 +7,7 @@ followed, for each piece of 64 or 256 columns, by the scales and minimums [..][1
 from numba import types
 from numba.extending import overload_method
 
-from edge_moe.kernels.activations import padded_columns, scales_offset, sums_offset
+from edge_moe.kernels.activations import padded_columns, scales_offset, sums_of_32_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import VIA_16_BITS
 from edge_moe.kernels.jit import inline_kernel
@@ -26,7 +26,7 @@ from edge_moe.kernels.tiles import (
 
 # A pair of blocks: 1024 codes, two scales and two minimums for each row.
 PAIR_BYTES = 1024 + 4 * 64
-# A superblock: 4096 codes, 16 scales, 8 pairs of minimums, and two factors for each row.
+# A superblock: 4096 codes, 16 scales, 8 pairs of minimums (of groups of 32 columns 4), and two factors for each row.
 SUPERBLOCK_BYTES = 4096 + 16 * 64 + 8 * 64 + 2 * 64
 SCALES, MINIMUMS, FACTORS = 4096, 4096 + 16 * 64, 4096 + 24 * 64
 
@@ -136,6 +136,12 @@ def second_scale(both):
 
 
 @inline_kernel
+def first_of_both(first, second):
+    """The lower of the 16-bit numbers of two registers i32x16, as pairs."""
+    return (first & types.int32(0xFFFF)) | (second << types.int32(16))
+
+
+@inline_kernel
 def scaling(scale):
     """A scale in the lanes that sums are scaled in."""
     return convert(SCALED, scale)
@@ -169,6 +175,11 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
                 else:
                     store(panel + SCALES + 128 * pair, scaling(first_scale(both)))
                     store(panel + SCALES + 128 * pair + 64, scaling(second_scale(both)))
+            if group == 32:  # there a minimum is in both places of its pair: it takes one, the next the other
+                for pair in range(4):
+                    place = panel + MINIMUMS + 128 * pair
+                    first, second = load(i32x16, place), load(i32x16, place + 64)
+                    store(panel + MINIMUMS + 64 * pair, first_of_both(first, second))
             for chunk in range(4):
                 for r in range(TILE_ROWS):
                     store(scratch + 64 * r, fmt.codes(rows + min(r, n_rows - 1) * row_bytes + i * size, chunk))
@@ -180,11 +191,12 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
 
 @overload_method(SuperblockFormat, "tile")
 def _superblock_tile(fmt, panel, x, n_cols):
-    group = fmt.group
+    group, n_pairs = fmt.group, 128 // fmt.group  # of minimums
     has_minimum = fmt.has_minimum
 
     def tile(fmt, panel, x, n_cols):
-        scales, sums = scales_offset(n_cols), sums_offset(n_cols, 256)
+        scales = scales_offset(n_cols)
+        sums = sums_of_32_offset(n_cols) if group == 32 else sums_offset(n_cols, 256)
         total = tile_zero(f32x16)
         for i in range(n_cols // 256):
             products = tile_zero(SCALED)
@@ -194,9 +206,9 @@ def _superblock_tile(fmt, panel, x, n_cols):
             total = tile_add_scaled(total, products, load(f32x16, panel + FACTORS), x, scales + 4 * i)
             if has_minimum:
                 minimums = tile_zero(i32x16)
-                for pair in range(8):
+                for pair in range(n_pairs):
                     both = load(i16x32, panel + MINIMUMS + 64 * pair)
-                    minimums = tile_add_pairs(minimums, both, x, sums + 32 * i + 4 * pair)
+                    minimums = tile_add_pairs(minimums, both, x, sums + 4 * (n_pairs * i + pair))
                 total = tile_add_scaled(total, minimums, load(f32x16, panel + FACTORS + 64), x, scales + 4 * i)
             panel += SUPERBLOCK_BYTES
         return total

@@ -8,9 +8,9 @@ from numba import types
 from numba.extending import overload_method
 
 from edge_moe.kernels.activations import (
-    nibble_sums_offset,
     nibbles_offset,
     scales_offset,
+    sums_of_32_offset,
     sums_offset,
     twice_scales_offset,
     words_offset,
@@ -61,7 +61,7 @@ def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
     def multiply_run(fmt, row, n_rows, x, ahead, out):
         """n_rows rows of two superblocks times one token's record -> f32[n_rows] at `out`."""
         codes, two_scales = x + nibbles_offset(n_cols), load(f32x4, x + twice_scales_offset(n_cols))
-        two_sums = load(i16x16, x + nibble_sums_offset(n_cols))
+        two_sums = load(i16x16, x + sums_of_32_offset(n_cols))
         x_scales, x_sums = join(two_scales, two_scales), hidden(join(two_sums, two_sums))
         last = row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):

@@ -8,9 +8,9 @@ from numba import types
 from edge_moe.kernels import wide_blocks  # noqa: F401 (its methods of the formats)
 from edge_moe.kernels.activations import (
     last_scales_offset,
-    nibble_sums_offset,
     nibbles_offset,
     scales_offset,
+    sums_of_32_offset,
     sums_offset,
     twice_scales_offset,
     words_offset,
@@ -111,7 +111,7 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
 
     def wide_row_total(fmt, row, x, n_cols, ahead):
         """For four superblocks or more; at a row's end, those that were there already once more, times zero."""
-        codes, sums = x + nibbles_offset(n_cols), x + nibble_sums_offset(n_cols)
+        codes, sums = x + nibbles_offset(n_cols), x + sums_of_32_offset(n_cols)
         x_scales, last_scales = x + twice_scales_offset(n_cols), x + last_scales_offset(n_cols)
         even = odd = minimums = splat(f32x16, types.float32(0.0))
         n_blocks = n_cols // 256
