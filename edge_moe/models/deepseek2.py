@@ -5,7 +5,8 @@ Shapes: T tokens, H heads, D hidden, R kv_lora_rank, N nope, P rope, V value hea
 
 Products are `fine` where rounding their input to 8 bits would cost most of the accuracy that it costs at all: the dense
 layers, whose outputs are large and come before every router; the shared experts, through which all tokens pass; the
-latents, of which all keys and values are made; the values that attention brings back; the head.
+latents, of which all keys and values are made; queries that are made of latents of their own; the values that attention
+brings back; the head.
 """
 
 from dataclasses import dataclass
@@ -207,8 +208,8 @@ class DeepseekV2:
         """Multi-head latent attention. x f32[T,D] -> f32[T,D]. Source: section 2.1, appendix C."""
         c, n_tokens = self.config, len(x)
         if isinstance(w.q_proj, LowRankQuery):
-            q_a, kv = ops.linear(x, fine=(w.q_proj.q_a_proj, w.kv_a_proj_with_mqa))
-            q = ops.linear(ops.norm(q_a, w.q_proj.q_a_layernorm, c.rms_norm_eps), w.q_proj.q_b_proj)[0]
+            q_a, kv = ops.linear(x, w.q_proj.q_a_proj, fine=(w.kv_a_proj_with_mqa,))
+            q = ops.linear(ops.norm(q_a, w.q_proj.q_a_layernorm, c.rms_norm_eps), fine=(w.q_proj.q_b_proj,))[0]
         else:
             q, kv = ops.linear(x, w.q_proj, fine=(w.kv_a_proj_with_mqa,))
         q = q.reshape(n_tokens, c.num_attention_heads, c.qk_head_dim)
