@@ -204,7 +204,7 @@ def chat(monkeypatch, capsys, text, *argv):
 _FREED = """
 import resource
 import numpy as np
-from edge_moe.cli.loading import keep_freed_memory
+from edge_moe.__main__ import keep_freed_memory
 keep_freed_memory()
 for _ in range(2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

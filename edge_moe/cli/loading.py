@@ -1,6 +1,5 @@
 """Loads models for the commands, the cheap checks first."""
 
-import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,26 +7,6 @@ from edge_moe.cli.report import Display, print_dim
 
 if TYPE_CHECKING:
     from edge_moe.api import Model
-
-
-# Numbers of mallopt: what is at least so large is given back when freed, and what is free at the heap's end.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for what comes next; does nothing where it has no such setting.
-
-    A prompt's layers need the same buffers of tens of megabytes again and again. glibc would give each back to the
-    system, which clears it once more, page by page: a tenth of a prompt's time. For programs that are ours alone, as
-    it holds for the whole process. Source: mallopt(3).
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library; Windows has no library without a name
-        return
-    for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-        set_option(option, KEPT_BYTES)
 
 
 def load_model(path: Path | None, display: Display, **settings: Any) -> "Model":
@@ -43,7 +22,6 @@ def load_model(path: Path | None, display: Display, **settings: Any) -> "Model":
         checkpoint = OnnxFolder(path) if path.is_dir() else open_checkpoint(path)
     from edge_moe.api import load
 
-    keep_freed_memory()
     display.watch_compilation()
     model = load(checkpoint, **settings, on_plan=lambda plan: print_dim(plan.line()), on_backend=print_dim)
     display.check_interrupt()
