@@ -161,7 +161,6 @@ class Pacer:
         """
         large, ids = is_large(self.path), self._ids(n_tokens, depth)
         cache = self._cache(n_tokens, depth)
-        set_threads(self.threads)
         reader = Reads(self.threads, self.path if large else None, READ_BYTES)
 
         def token(i: int) -> None:

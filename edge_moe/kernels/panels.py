@@ -120,10 +120,16 @@ def _block_tile(fmt, panel, x, n_cols):
 
 
 @inline_kernel
+def first_of_both(first, second):
+    """The lower of the 16-bit numbers of two registers i32x16, as pairs."""
+    return (first & types.int32(0xFFFF)) | (second << types.int32(16))
+
+
+@inline_kernel
 def first_scale(both):
     """The lower of two 16-bit scales i32x16, in the form that `tile_add_scaled_dot` takes."""
     if VIA_16_BITS:
-        return (both & types.int32(0xFFFF)) | (both << types.int32(16))
+        return first_of_both(both, both)
     return (both << types.int32(16)) >> types.int32(16)
 
 
@@ -133,12 +139,6 @@ def second_scale(both):
     if VIA_16_BITS:
         return first_scale(both >> types.int32(16))
     return both >> types.int32(16)
-
-
-@inline_kernel
-def first_of_both(first, second):
-    """The lower of the 16-bit numbers of two registers i32x16, as pairs."""
-    return (first & types.int32(0xFFFF)) | (second << types.int32(16))
 
 
 @inline_kernel
