@@ -12,6 +12,7 @@ import llvmlite.binding as llvm
 from numba import types
 from numba.core.caching import NullCache
 from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu import CPUContext
 
 import edge_moe.kernels.target as target
@@ -32,6 +33,8 @@ def main(format_name, triple, cpu, features):
         kernel, tag = attend_units, FORMATS[format_name]
     kernel._cache = NullCache()
     kernel.compile((tag, types.int64))
+    with global_compiler_lock:
+        kernel.overloads[tag, types.int64].library.finalize()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(

@@ -9,6 +9,7 @@ import pytest
 from numba.core.registry import cpu_target
 
 from edge_moe.kernels import jit  # noqa: F401 (settles what numba compiles for)
+from edge_moe.kernels.launch import take_items
 
 # Runs one small kernel and prints what was compiled rather than loaded.
 SCRIPT = """
@@ -78,6 +79,41 @@ def test_what_old_versions_left_is_removed_in_time(tmp_path):
     assert not old.exists()
     assert recent.exists()
     assert other.exists()  # its turn comes when that module compiles something
+
+
+TWO_AT_ONCE = """
+import numpy as np
+from numba.core.caching import IndexDataCacheFile
+from edge_moe.kernels import jit
+def add_one(x):
+    return x + 1
+whole, real = jit.kernel(add_one), jit.kernel(add_one)
+saved = IndexDataCacheFile.save
+def save(self, key, data):  # the other process looks at the index while this one is about to write it
+    IndexDataCacheFile.save = saved
+    index = self._load_index()
+    real(1.5)
+    self._load_index = lambda: index
+    saved(self, key, data)
+IndexDataCacheFile.save = save
+whole(1)
+again = jit.kernel(add_one)
+print(again(1), again(1.5), sum(again.stats.cache_hits.values()))
+"""
+
+
+def test_two_processes_that_compile_at_once_keep_their_code_apart(tmp_path):
+    """Both numbered their files by the same index: one's code was then found under the other's signature."""
+    (tmp_path / "script.py").write_text(TWO_AT_ONCE)
+    env = os.environ | {"EDGE_MOE_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 2.5 2\n"
+
+
+def test_a_part_of_kernels_is_not_called_from_python():
+    with pytest.raises(TypeError, match="take_items is a part of kernels"):
+        take_items(0, 0, 0, 1, 1, 1)
 
 
 def test_another_cpu_has_its_own_code(tmp_path):

@@ -9,7 +9,7 @@ for all heads of a tile.
 
 import numpy as np
 from numba import types
-from numba.extending import models, overload_method, register_model
+from numba.extending import models, register_model
 
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, join_chunk
 from edge_moe.kernels.attention_tiles import (
@@ -42,7 +42,7 @@ from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
 from edge_moe.kernels.fetches import prefetch, prefetch_far
 from edge_moe.kernels.functions import codes_of, exp2_below, inverse_of
-from edge_moe.kernels.jit import both_sides, inline_kernel, inlined_kernel
+from edge_moe.kernels.jit import both_sides, inline_kernel, inlined_kernel, kernel_method
 from edge_moe.kernels.simd import (
     absolute,
     convert,
@@ -171,7 +171,7 @@ def store_rope_key(keys, scale, k_pe, rope):
     _store_pairs(keys, 64, k_pe, rope, inverse_of(step))
 
 
-@overload_method(CodeFormat, "store_latent")
+@kernel_method(CodeFormat, "store_latent")
 def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
     def store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
         block = cache + position // BLOCK_TOKENS * _block_bytes(rank, rope) + 4 * (position % BLOCK_TOKENS)
@@ -246,7 +246,7 @@ def store_rope_query(place, q_pe, rope, scale):
     store(place + 4 * HEADS * rope_pairs(rope), step * scale)
 
 
-@overload_method(CodeFormat, "query_tile")
+@kernel_method(CodeFormat, "query_tile")
 def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         sums, scales, keys = _query_places(rank)
@@ -466,7 +466,7 @@ def write_quads(contexts, factors, rank, n_heads, out, out_head):
             store(out + h * out_head + 4 * i, value * factor)
 
 
-@overload_method(CodeFormat, "join_contexts")
+@kernel_method(CodeFormat, "join_contexts")
 def _join_contexts(fmt, left, right, factors, rank, scratch):
     def join_contexts(fmt, left, right, factors, rank, scratch):
         join_quads(left, right, factors, rank, scratch)
@@ -474,7 +474,7 @@ def _join_contexts(fmt, left, right, factors, rank, scratch):
     return join_contexts
 
 
-@overload_method(CodeFormat, "write_contexts")
+@kernel_method(CodeFormat, "write_contexts")
 def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
         write_quads(contexts, factors, rank, n_heads, out, out_head)
@@ -482,7 +482,7 @@ def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     return write_contexts
 
 
-@overload_method(CodeFormat, "attend_chunk")
+@kernel_method(CodeFormat, "attend_chunk")
 def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     n_chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
 

@@ -10,7 +10,7 @@ multiple of 8.
 
 import numpy as np
 from numba import types
-from numba.extending import models, overload_method, register_model
+from numba.extending import models, register_model
 
 from edge_moe.kernels.attention_codes import (
     BLOCK_TOKENS,
@@ -43,7 +43,7 @@ from edge_moe.kernels.attention_tiles import (
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
 from edge_moe.kernels.functions import inverse_of
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import Vector, convert, f32x16, fma, i8x16, load, reduce_add, splat, store
 from edge_moe.kernels.tiles import tile_add_product, tile_add_scaled, tile_store, tile_zero
 
@@ -127,7 +127,7 @@ def _middle_of(low, step):
     return low + types.float32(_ZERO_CODE) * step
 
 
-@overload_method(NibbleFormat, "store_latent")
+@kernel_method(NibbleFormat, "store_latent")
 def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
     def store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
         token = position % BLOCK_TOKENS
@@ -178,7 +178,7 @@ def _query_places(rank):
     return first_sums, first_sums + n_bytes, first_sums + 2 * n_bytes, first_sums + 3 * n_bytes
 
 
-@overload_method(NibbleFormat, "query_tile")
+@kernel_method(NibbleFormat, "query_tile")
 def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         first_sums, scales, sums, keys = _query_places(rank)
@@ -258,7 +258,7 @@ def _add_middles(scores, n_blocks, middles, context, rank, first, new, sums):
             store(place, load(f32x16, place) + load(f32x16, sums + 64 + part))
 
 
-@overload_method(NibbleFormat, "join_contexts")
+@kernel_method(NibbleFormat, "join_contexts")
 def _join_contexts(fmt, left, right, factors, rank, scratch):
     def join_contexts(fmt, left, right, factors, rank, scratch):
         join_quads(left, right, factors, rank, scratch)
@@ -266,7 +266,7 @@ def _join_contexts(fmt, left, right, factors, rank, scratch):
     return join_contexts
 
 
-@overload_method(NibbleFormat, "write_contexts")
+@kernel_method(NibbleFormat, "write_contexts")
 def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
         write_quads(contexts, factors, rank, n_heads, out, out_head)
@@ -274,7 +274,7 @@ def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     return write_contexts
 
 
-@overload_method(NibbleFormat, "attend_chunk")
+@kernel_method(NibbleFormat, "attend_chunk")
 def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     n_chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
 

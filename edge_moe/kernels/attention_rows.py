@@ -6,13 +6,12 @@ read meets the queries of all heads of a tile.
 
 import numpy as np
 from numba import types
-from numba.extending import overload_method
 
 from edge_moe.kernels.attention_tiles import HEADS, tile_accumulate, tile_add_rows, tile_store_sums, to_bfloat
 from edge_moe.kernels.blocks import FloatFormat
 from edge_moe.kernels.elementwise import to_bf16
 from edge_moe.kernels.functions import exp2
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import f32x16, fma, larger, load, picker, splat, store
 from edge_moe.kernels.tiles import tile_add_product, tile_zero
 
@@ -86,7 +85,7 @@ def _softmax(scores, n, partial, factors):
     join_chunk(partial, top, total, factors)
 
 
-@overload_method(FloatFormat, "store_numbers")
+@kernel_method(FloatFormat, "store_numbers")
 def _store_numbers(fmt, place, values, n):
     size = fmt.block_bytes
 
@@ -106,7 +105,7 @@ def _store_numbers(fmt, place, values, n):
     return store_numbers
 
 
-@overload_method(FloatFormat, "store_latent")
+@kernel_method(FloatFormat, "store_latent")
 def _store_latent(fmt, cache, position, c_kv, k_pe, rank, rope):
     size = fmt.block_bytes
 
@@ -129,7 +128,7 @@ def _spread(target, first, values, n, scale):
         store(target + 64 * HEADS * ((first + i) // 16) + 4 * ((first + i) % 16), number)
 
 
-@overload_method(FloatFormat, "query_tile")
+@kernel_method(FloatFormat, "query_tile")
 def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
     def query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, rank, rope, scale):
         """[columns / 16][HEADS][16], times scale, zeros beyond n_heads and the last column."""
@@ -143,7 +142,7 @@ def _query_tile(fmt, tile, q_latent, latent_stride, q_pe, pe_stride, n_heads, ra
     return query_tile
 
 
-@overload_method(FloatFormat, "join_contexts")
+@kernel_method(FloatFormat, "join_contexts")
 def _join_contexts(fmt, left, right, factors, rank, scratch):
     def join_contexts(fmt, left, right, factors, rank, scratch):
         """left = left times the first factors + right times the second: f32 [HEADS][rank up to 16s]; [2][16]."""
@@ -156,7 +155,7 @@ def _join_contexts(fmt, left, right, factors, rank, scratch):
     return join_contexts
 
 
-@overload_method(FloatFormat, "write_contexts")
+@kernel_method(FloatFormat, "write_contexts")
 def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
         """Each head's context times its factor -> f32[rank] at `out`, `out_head` bytes from one to the next."""
@@ -170,7 +169,7 @@ def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     return write_contexts
 
 
-@overload_method(FloatFormat, "attend_chunk")
+@kernel_method(FloatFormat, "attend_chunk")
 def _attend_chunk(fmt, cache, first, n, then, query, partial, rank, rope, scratch):
     size = fmt.block_bytes
 

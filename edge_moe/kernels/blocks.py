@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import types
-from numba.extending import models, overload_method, register_model
+from numba.extending import models, register_model
 
 from edge_moe.kernels.dots import SIGN_BIAS, stored_sign
 from edge_moe.kernels.file_numbers import (
@@ -31,7 +31,7 @@ from edge_moe.kernels.file_numbers import (
     load_half,
     table_lookup,
 )
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import (
     Vector,
     convert,
@@ -134,22 +134,22 @@ def method(name: str, *formats: FormatTag) -> Callable[[Callable[..., Any]], Cal
     return register
 
 
-@overload_method(FloatFormat, "load")
+@kernel_method(FloatFormat, "load")
 def _load(fmt, address):
     return _METHODS[fmt.format_name, "load"]
 
 
-@overload_method(FloatFormat, "load_one")
+@kernel_method(FloatFormat, "load_one")
 def _load_one(fmt, address):
     return _METHODS[fmt.format_name, "load_one"]
 
 
-@overload_method(BlockFormat, "codes")
+@kernel_method(BlockFormat, "codes")
 def _block_codes(fmt, first, second):
     return _METHODS[fmt.format_name, "codes"]
 
 
-@overload_method(BlockFormat, "factors")
+@kernel_method(BlockFormat, "factors")
 def _block_factors(fmt, block):
     offset = fmt.offset
 
@@ -161,17 +161,17 @@ def _block_factors(fmt, block):
     return factors
 
 
-@overload_method(SuperblockFormat, "codes")
+@kernel_method(SuperblockFormat, "codes")
 def _superblock_codes(fmt, block, chunk):
     return _METHODS[fmt.format_name, "codes"]
 
 
-@overload_method(SuperblockFormat, "scales_of_two")
+@kernel_method(SuperblockFormat, "scales_of_two")
 def _superblock_scales_of_two(fmt, a, b):
     return _METHODS[fmt.format_name, "scales_of_two"]
 
 
-@overload_method(SuperblockFormat, "scales")
+@kernel_method(SuperblockFormat, "scales")
 def _superblock_scales(fmt, block):
     def scales(fmt, block):
         """(scales i16x16, minimums i16x16) of one superblock."""
@@ -181,7 +181,7 @@ def _superblock_scales(fmt, block):
     return scales
 
 
-@overload_method(SuperblockFormat, "factors")
+@kernel_method(SuperblockFormat, "factors")
 def _superblock_factors(fmt, block):
     d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
 

@@ -7,13 +7,13 @@ multiple of 16.
 
 import numpy as np
 from numba import types
-from numba.extending import models, overload_method, register_model
+from numba.extending import models, register_model
 
 from edge_moe.kernels import attention_rows  # noqa: F401 (how its formats store floats)
 from edge_moe.kernels.blocks import TAGS, FloatFormat, FormatTag
 from edge_moe.kernels.elementwise import to_bf16
 from edge_moe.kernels.functions import codes_of, inverse_of
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import (
     absolute,
     convert,
@@ -49,27 +49,27 @@ def columns(dim):
     return (dim + 15) & ~15
 
 
-@overload_method(FloatFormat, "row_bytes")
-@overload_method(ByteRows, "row_bytes")
+@kernel_method(FloatFormat, "row_bytes")
+@kernel_method(ByteRows, "row_bytes")
 def _row_bytes(fmt, dim):
     """Bytes of a key or value."""
     size = fmt.block_bytes
     return lambda fmt, dim: columns(dim) * size
 
 
-@overload_method(FloatFormat, "number_bytes")
-@overload_method(ByteRows, "number_bytes")
+@kernel_method(FloatFormat, "number_bytes")
+@kernel_method(ByteRows, "number_bytes")
 def _number_bytes(fmt):
     size = fmt.block_bytes
     return lambda fmt: size
 
 
-@overload_method(ByteRows, "load")
+@kernel_method(ByteRows, "load")
 def _load_codes(fmt, address):
     return lambda fmt, address: convert(f32x16, convert(i32x16, load(i8x16, address)))
 
 
-@overload_method(FloatFormat, "store_key")
+@kernel_method(FloatFormat, "store_key")
 def _store_float_key(fmt, place, scale, values, dim):
     size = fmt.block_bytes
 
@@ -85,7 +85,7 @@ def _store_float_key(fmt, place, scale, values, dim):
     return store_key
 
 
-@overload_method(FloatFormat, "store_value")
+@kernel_method(FloatFormat, "store_value")
 def _store_float_value(fmt, place, scale, values, dim):
     def store_value(fmt, place, scale, values, dim):
         """Keep a value, dim floats at an address, as a row; its scale goes to another address."""
@@ -109,7 +109,7 @@ def _scale_of(values, dim):
     return top * types.float32(1 / MAX_CODE) + wrong
 
 
-@overload_method(ByteRows, "store_key")
+@kernel_method(ByteRows, "store_key")
 def _store_code_key(fmt, place, scale, values, dim):
     def store_key(fmt, place, scale, values, dim):
         step = _scale_of(values, dim)
@@ -121,7 +121,7 @@ def _store_code_key(fmt, place, scale, values, dim):
     return store_key
 
 
-@overload_method(ByteRows, "store_value")
+@kernel_method(ByteRows, "store_value")
 def _store_code_value(fmt, place, scale, values, dim):
     def store_value(fmt, place, scale, values, dim):
         step = _scale_of(values, dim)
@@ -135,12 +135,12 @@ def _store_code_value(fmt, place, scale, values, dim):
     return store_value
 
 
-@overload_method(FloatFormat, "scaled")
+@kernel_method(FloatFormat, "scaled")
 def _scaled_floats(fmt, numbers, scales):
     return lambda fmt, numbers, scales: numbers
 
 
-@overload_method(ByteRows, "scaled")
+@kernel_method(ByteRows, "scaled")
 def _scaled_codes(fmt, numbers, scales):
     """f32x16 of 16 tokens times the tokens' scales at an address."""
     return lambda fmt, numbers, scales: numbers * load(f32x16, scales)

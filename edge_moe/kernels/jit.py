@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import llvmlite.binding
 import numba
 import platformdirs
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba import _dynfunc  # type: ignore[attr-defined]
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 from numba.extending import overload_method, register_jitable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +48,45 @@ _KERNELS_DIR = Path(__file__).parent
 _observers: list[Callable[[str], None]] = []
 
 
+class _PartLibrary(JITCodeLibrary):
+    """The code of a helper for the kernels that hold it, as LLVM's instructions: never made machine code by itself."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+
+def _no_executable(library: Any, fndesc: Any, env: Any) -> Any:
+    """In place of numba's CPUContext.get_executable: what stands for a helper where numba wants its Python function."""
+    name = fndesc.qualname.rpartition(".")[2]
+    return _dynfunc.make_function(fndesc.lookup_module(), name, f"part of kernels: {name}", 0, env, (library,))
+
+
+class _PartCompiler(Compiler):
+    """numba's compiler for helpers that only kernels call: about half of the time went to machine code unused."""
+
+    def compile_extra(self, func: Any) -> Any:
+        context = self.state.targetctx
+        self.state.targetctx = context.subtarget(get_executable=_no_executable)
+        self.state.library = _PartLibrary(context.codegen(), func.__qualname__)
+        return super().compile_extra(func)
+
+
+class _Part(CPUDispatcher):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{self.py_func.__name__} is a part of kernels: only they can call it")
+
+
+_PART_FLAGS: dict[str, Any] = {"pipeline_class": _PartCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def _part(function: F, **flags: Any) -> F:
+    dispatcher: Any = numba.njit(**FLAGS, **_PART_FLAGS, **flags)(function)
+    dispatcher.__class__ = _Part
+    return cast(F, dispatcher)
+
+
 def kernel(function: F) -> F:
     """Compile a kernel that runs on the calling thread."""
     return _cached(numba.njit(**FLAGS)(function))
@@ -56,23 +99,28 @@ def parallel_kernel(function: F) -> F:
 
 def inline_kernel(function: F) -> F:
     """Compile a helper that only other kernels call: not cached by itself, since it is part of its callers."""
-    return numba.njit(**FLAGS)(function)
+    return _part(function)
 
 
 def inlined_kernel(function: F) -> F:
     """An `inline_kernel` that its callers hold in machine code as well: a function takes and gives tiles by memory."""
-    return numba.njit(forceinline=True, **FLAGS)(function)
+    return _part(function, forceinline=True)
+
+
+def kernel_method(kind: Any, name: str, **flags: Any) -> Callable[[F], F]:
+    """Like numba's overload_method, for a method of a format that only kernels call."""
+    overload: Callable[..., Callable[[F], F]] = overload_method
+    return overload(kind, name, jit_options=_PART_FLAGS | flags)
 
 
 def inlined_method(kind: Any, name: str) -> Callable[[F], F]:
-    """Like numba's overload_method, for what is called for each row: a call would cost as much as a tenth of a row."""
-    overload: Callable[..., Callable[[F], F]] = overload_method
-    return overload(kind, name, jit_options={"forceinline": True})
+    """A `kernel_method` that is called for each row: a call would cost as much as a tenth of a row."""
+    return kernel_method(kind, name, forceinline=True)
 
 
 def both_sides(function: F) -> F:
     """A rule about whole numbers (sizes, offsets) that Python and kernels share."""
-    return register_jitable(function)
+    return register_jitable(pipeline_class=_PartCompiler)(function)
 
 
 def spliced_kernel(function: F) -> F:
@@ -94,6 +142,12 @@ def cache_dir() -> Path:
     """Folder of compiled kernels; EDGE_MOE_CACHE_DIR names another place for all that edge_moe caches."""
     root = os.environ.get("EDGE_MOE_CACHE_DIR") or platformdirs.user_cache_dir("edge-moe", appauthor=False)
     return Path(root) / "kernels"
+
+
+def is_kept(function: Any, signature: tuple[Any, ...]) -> bool:
+    """A kernel is compiled for the types, in this process or in the cache; or there is no cache to share."""
+    kept = function._cache
+    return signature in function.overloads or not isinstance(kept, _KernelCache) or kept.has(function, signature)
 
 
 @cache
@@ -148,7 +202,18 @@ class _CacheImpl(CompileResultCacheImpl):
 class _KernelCache(FunctionCache):
     _impl_class = _CacheImpl
 
+    def _choose_files(self, sig: Any, codegen: Any) -> None:
+        """A signature has files of its own: of two processes that compile at once, each would number its files so."""
+        key = hashlib.sha256(repr(self._index_key(sig, codegen)).encode()).hexdigest()[:16]
+        name = f"{self._impl.filename_base}-{key}"
+        self._cache_file = IndexDataCacheFile(self.cache_path, name, self._impl.locator.get_source_stamp())
+
+    def has(self, function: Any, signature: tuple[Any, ...]) -> bool:
+        self._choose_files(signature, function.targetctx.codegen())
+        return Path(self._cache_file._index_path).exists()
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        self._choose_files(sig, target_context.codegen())
         try:
             found = super().load_overload(sig, target_context)
         except Exception:  # a cache file cut short by a crash must cost a compilation, not the run
@@ -161,6 +226,7 @@ class _KernelCache(FunctionCache):
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        self._choose_files(sig, data.codegen)
         try:
             super().save_overload(sig, data)
             _remove_stale(Path(self.cache_path))

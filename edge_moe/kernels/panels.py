@@ -5,12 +5,11 @@ followed, for each piece of 64 or 256 columns, by the scales and minimums [..][1
 """
 
 from numba import types
-from numba.extending import overload_method
 
 from edge_moe.kernels.activations import padded_columns, scales_offset, sums_of_32_offset, sums_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, SuperblockFormat
 from edge_moe.kernels.dots import VIA_16_BITS
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import convert, f32x16, i16x32, i32x16, load, store
 from edge_moe.kernels.tiles import (
     SCALED,
@@ -34,12 +33,12 @@ SCALES, MINIMUMS, FACTORS = 4096, 4096 + 16 * 64, 4096 + 24 * 64
 # ---- floats: panel [columns][16 rows]
 
 
-@overload_method(FloatFormat, "panel_bytes")
+@kernel_method(FloatFormat, "panel_bytes")
 def _float_panel_bytes(fmt, n_cols):
     return lambda fmt, n_cols: ((n_cols + 15) & ~15) * 64
 
 
-@overload_method(FloatFormat, "unpack")
+@kernel_method(FloatFormat, "unpack")
 def _float_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     size = fmt.block_bytes
 
@@ -55,7 +54,7 @@ def _float_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     return unpack
 
 
-@overload_method(FloatFormat, "tile")
+@kernel_method(FloatFormat, "tile")
 def _float_tile(fmt, panel, x, n_cols):
     def tile(fmt, panel, x, n_cols):
         total = tile_zero(f32x16)
@@ -69,12 +68,12 @@ def _float_tile(fmt, panel, x, n_cols):
 # ---- blocks of 32
 
 
-@overload_method(BlockFormat, "panel_bytes")
+@kernel_method(BlockFormat, "panel_bytes")
 def _block_panel_bytes(fmt, n_cols):
     return lambda fmt, n_cols: padded_columns(n_cols) // 64 * PAIR_BYTES
 
 
-@overload_method(BlockFormat, "unpack")
+@kernel_method(BlockFormat, "unpack")
 def _block_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     size = fmt.block_bytes
 
@@ -95,7 +94,7 @@ def _block_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     return unpack
 
 
-@overload_method(BlockFormat, "tile")
+@kernel_method(BlockFormat, "tile")
 def _block_tile(fmt, panel, x, n_cols):
     has_minimum = fmt.has_minimum
 
@@ -147,12 +146,12 @@ def scaling(scale):
     return convert(SCALED, scale)
 
 
-@overload_method(SuperblockFormat, "panel_bytes")
+@kernel_method(SuperblockFormat, "panel_bytes")
 def _superblock_panel_bytes(fmt, n_cols):
     return lambda fmt, n_cols: n_cols // 256 * SUPERBLOCK_BYTES
 
 
-@overload_method(SuperblockFormat, "unpack")
+@kernel_method(SuperblockFormat, "unpack")
 def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     size = fmt.block_bytes
     group = fmt.group
@@ -189,7 +188,7 @@ def _superblock_unpack(fmt, rows, row_bytes, n_rows, n_cols, panel, scratch):
     return unpack
 
 
-@overload_method(SuperblockFormat, "tile")
+@kernel_method(SuperblockFormat, "tile")
 def _superblock_tile(fmt, panel, x, n_cols):
     group, n_pairs = fmt.group, 128 // fmt.group  # of minimums
     has_minimum = fmt.has_minimum

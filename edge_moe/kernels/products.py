@@ -51,14 +51,15 @@ def _interleave(interleave, matrices, tokens, tiled, tiles, tile_bytes, n_thread
 
 
 @kernel
-def _multiply(codes, group, x, rows, matrices, row_bytes, is_fine, out, n_threads):
+def _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads):
     """Matrices i64[G, 5] (address, n_rows, first and last + 1 entry, place in out) times x[rows]; no rows: times x.
 
-    If fine, there are no rows, and behind the entries of x those of what int8 leaves of it.
+    Without rows, entries behind those of x are those of what int8 leaves of it.
     """
     multiply, quantize, interleave = codes
     n_cols = x.shape[1]
     stride = record_bytes(n_cols, group) if group else 4 * n_cols
+    is_fine = rows.size == 0 and matrices[:, 3].max() > x.shape[0]
     n_inputs = 2 * x.shape[0] if is_fine else x.shape[0]
     records = np.empty(n_inputs * stride + 64 if group else 0, np.uint8)
     first = address_of(x)
@@ -126,7 +127,7 @@ def _multiply_groups(codes, group, x, rows, offsets, addresses, n_rows, row_byte
             row[0], row[1], row[2], row[3] = addresses[w, g], n_rows, offsets[g], offsets[g + 1]
             row[4] = w * rows.size * n_rows
     if rows.size:
-        _multiply(codes, group, x, rows, matrices, row_bytes, False, out, n_threads)
+        _multiply(codes, group, x, rows, matrices, row_bytes, out, n_threads)
     return True
 
 
@@ -188,8 +189,8 @@ def linear(
         out = np.empty(place, np.float32)
         row_bytes = fmt.row_bytes(n_cols)
         if n_tokens:
-            table, is_fine = np.array(matrices, np.int64), any(n_tokens < matrix[3] for matrix in matrices)
-            _multiply(*_kernels(fmt), x, EVERY_ROW, table, row_bytes, is_fine, out, get_num_threads())
+            table = np.array(matrices, np.int64)
+            _multiply(*_kernels(fmt), x, EVERY_ROW, table, row_bytes, out, get_num_threads())
         for i, (_, n_rows, _, n_entries, place) in zip(chosen, matrices, strict=True):
             entries = out[place : place + n_entries * n_rows].reshape(n_entries, n_rows)
             outputs[i] = entries[:n_tokens]

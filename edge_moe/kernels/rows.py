@@ -6,7 +6,6 @@ be left out: one in seventeen that was made rows of Q8_0 wait for the memory a t
 """
 
 from numba import types
-from numba.extending import overload_method
 
 from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset, words_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
@@ -14,7 +13,7 @@ from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
 from edge_moe.kernels.fetches import fetcher, prefetch
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
-from edge_moe.kernels.jit import inline_kernel, inlined_method
+from edge_moe.kernels.jit import inline_kernel, inlined_method, kernel_method
 from edge_moe.kernels.simd import (
     convert,
     f32x2,
@@ -196,7 +195,7 @@ def _superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3):
     return convert(f32x16, total)
 
 
-@overload_method(SuperblockFormat, "factors_of_two")
+@kernel_method(SuperblockFormat, "factors_of_two")
 def _factors_of_two(fmt, a, b):
     d_offset, has_dmin = fmt.d_offset, fmt.has_dmin
 
@@ -272,7 +271,7 @@ def _sums_of_rows(fmt, row, row_bytes, n_rows, x, n_cols, ahead, scratch):
     return sums_of_rows
 
 
-@overload_method(FormatTag, "multiply_for_two")
+@kernel_method(FormatTag, "multiply_for_two")
 def _multiply_for_two(fmt, row, row_bytes, n_rows, x, y, n_cols, ahead, scratch, out_x, out_y):
     def multiply_for_two(fmt, row, row_bytes, n_rows, x, y, n_cols, ahead, scratch, out_x, out_y):
         """n_rows rows times two records -> f32[n_rows] each; False where a format gains nothing by it.
@@ -318,7 +317,7 @@ def store_sums(out, sums, n):
 # ---- the activations
 
 
-@overload_method(FloatFormat, "fetch_input")
+@kernel_method(FloatFormat, "fetch_input")
 def _float_fetch_input(fmt, x, n_cols):
     def fetch_input(fmt, x, n_cols):
         """Ask for one token's numbers or record, which another core may have written."""
@@ -327,7 +326,7 @@ def _float_fetch_input(fmt, x, n_cols):
     return fetch_input
 
 
-@overload_method(BlockFormat, "fetch_input")
+@kernel_method(BlockFormat, "fetch_input")
 def _block_fetch_input(fmt, x, n_cols):
     wide = is_wide(fmt)
 
@@ -340,7 +339,7 @@ def _block_fetch_input(fmt, x, n_cols):
     return fetch_input
 
 
-@overload_method(SuperblockFormat, "fetch_input")
+@kernel_method(SuperblockFormat, "fetch_input")
 def _superblock_fetch_input(fmt, x, n_cols):
     wide = is_wide(fmt)
 
@@ -362,7 +361,7 @@ def _fetch(address, n_bytes):
 # ---- decoding: columns start:stop of a row as f32; start is a multiple of 256
 
 
-@overload_method(FloatFormat, "decode")
+@kernel_method(FloatFormat, "decode")
 def _float_decode(fmt, row, start, stop, out):
     size = fmt.block_bytes
 
@@ -373,7 +372,7 @@ def _float_decode(fmt, row, start, stop, out):
     return decode
 
 
-@overload_method(BlockFormat, "decode")
+@kernel_method(BlockFormat, "decode")
 def _block_decode(fmt, row, start, stop, out):
     size = fmt.block_bytes
     code_vector = i8x32 if fmt.signed and not SIGN_BIAS else u8x32
@@ -390,7 +389,7 @@ def _block_decode(fmt, row, start, stop, out):
     return decode
 
 
-@overload_method(SuperblockFormat, "decode")
+@kernel_method(SuperblockFormat, "decode")
 def _superblock_decode(fmt, row, start, stop, out):
     size = fmt.block_bytes
     code_vector = i8x16 if fmt.signed and not SIGN_BIAS else u8x16

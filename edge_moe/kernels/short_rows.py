@@ -5,7 +5,6 @@ at a time, as four superblocks of a longer row are.
 """
 
 from numba import types
-from numba.extending import overload_method
 
 from edge_moe.kernels.activations import (
     nibbles_offset,
@@ -18,6 +17,7 @@ from edge_moe.kernels.activations import (
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.fetches import fetch_pages, fetcher
 from edge_moe.kernels.folds import quarter_sums, quarters
+from edge_moe.kernels.jit import kernel_method
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
 from edge_moe.kernels.simd import f32x4, f32x16, hidden, i16x16, join, load, picker, splat
 from edge_moe.kernels.wide_rows import is_wide
@@ -32,7 +32,7 @@ def _columns(fmt: FormatTag) -> int:
     return 128 if isinstance(fmt, BlockFormat) else 512
 
 
-@overload_method(BlockFormat, "multiply_run")
+@kernel_method(BlockFormat, "multiply_run")
 def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 4 * fmt.block_bytes
     fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
@@ -53,7 +53,7 @@ def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
     return multiply_run
 
 
-@overload_method(SuperblockFormat, "multiply_run")
+@kernel_method(SuperblockFormat, "multiply_run")
 def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 2 * fmt.block_bytes
     fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
@@ -79,7 +79,7 @@ def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
     return multiply_run
 
 
-@overload_method(FormatTag, "multiply_short_rows")
+@kernel_method(FormatTag, "multiply_short_rows")
 def _multiply_short_rows(fmt, row, n_rows, n_cols, tokens, begin, end, out, stride, ahead):
     n_short = _columns(fmt)
     row_bytes = (4 if isinstance(fmt, BlockFormat) else 2) * fmt.block_bytes

@@ -1,7 +1,6 @@
 """What `wide_rows` reads of blocks: the codes of four blocks of four rows, the scales of four superblocks."""
 
 from numba import types
-from numba.extending import overload_method
 
 from edge_moe.kernels.activations import lower_of_parts, upper_of_parts
 from edge_moe.kernels.blocks import (
@@ -14,7 +13,7 @@ from edge_moe.kernels.blocks import (
 )
 from edge_moe.kernels.dots import stored_sign
 from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
-from edge_moe.kernels.jit import inline_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import (
     hidden,
     high_half,
@@ -44,7 +43,7 @@ _lower_halves = whole_picker([4 * i + octet for i in range(16) for octet in (0, 
 _upper_halves = whole_picker([4 * i + octet for i in range(16) for octet in (2, 3)] * 2)
 
 
-@overload_method(BlockFormat, "words_of_row")
+@kernel_method(BlockFormat, "words_of_row")
 def _words_of_row(fmt, row):
     size, nibbles, bits = fmt.block_bytes, fmt.nibbles, fmt.bits
     back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
@@ -73,7 +72,7 @@ def _same_part(a, b, c, d):
     return _even_parts(lower), _odd_parts(lower), _even_parts(upper), _odd_parts(upper)
 
 
-@overload_method(BlockFormat, "words_of_rows")
+@kernel_method(BlockFormat, "words_of_rows")
 def _words_of_rows(fmt, a, b, c, d):
     bits, is_table = fmt.bits, fmt.signed
 
@@ -123,7 +122,7 @@ def _four_times_16(address, size):
     return join(low, join(load(u8x16, address + 2 * size), load(u8x16, address + 3 * size)))
 
 
-@overload_method(SuperblockFormat, "scales_of_four")
+@kernel_method(SuperblockFormat, "scales_of_four")
 def _scales_of_four(fmt, block):
     size = fmt.block_bytes
 
@@ -134,7 +133,7 @@ def _scales_of_four(fmt, block):
     return scales_of_four
 
 
-@overload_method(SuperblockFormat, "factors_of_four")
+@kernel_method(SuperblockFormat, "factors_of_four")
 def _factors_of_four(fmt, block, x_scales):
     size = fmt.block_bytes
 
@@ -151,7 +150,7 @@ def _two_times_two_of_16(a, b, size):
     return join(join(load(u8x16, a), load(u8x16, a + size)), join(load(u8x16, b), load(u8x16, b + size)))
 
 
-@overload_method(SuperblockFormat, "scales_of_two_pairs")
+@kernel_method(SuperblockFormat, "scales_of_two_pairs")
 def _scales_of_two_pairs(fmt, a, b):
     size = fmt.block_bytes
 
@@ -162,7 +161,7 @@ def _scales_of_two_pairs(fmt, a, b):
     return scales_of_two_pairs
 
 
-@overload_method(SuperblockFormat, "factors_of_two_pairs")
+@kernel_method(SuperblockFormat, "factors_of_two_pairs")
 def _factors_of_two_pairs(fmt, a, b, x_scales):
     size = fmt.block_bytes
 
@@ -173,7 +172,7 @@ def _factors_of_two_pairs(fmt, a, b, x_scales):
     return factors_of_two_pairs
 
 
-@overload_method(SuperblockFormat, "nibble_codes")
+@kernel_method(SuperblockFormat, "nibble_codes")
 def _nibble_codes(fmt, block):
     has_fifth_bit = fmt.max_code > 15
     first = 48 if has_fifth_bit else 16
