@@ -12,14 +12,14 @@ import numpy as np
 import psutil
 
 from edge_moe.backends.choice import choose_backend
-from edge_moe.backends.cpu import CpuBackend
+from edge_moe.backends.cpu import CpuBackend, compile_ahead
 from edge_moe.backends.mlx.backend import MlxBackend, import_mlx
 from edge_moe.backends.mlx.forms import form_bytes
 from edge_moe.backends.protocol import Backend
 from edge_moe.backends.split import SplitBackend
 from edge_moe.backends.vulkan.backend import VulkanBackend
 from edge_moe.backends.vulkan.device import DeviceStats, find_adapter
-from edge_moe.checkpoint import Checkpoint, open_checkpoint
+from edge_moe.checkpoint import Checkpoint, open_checkpoint, product_formats
 from edge_moe.config import KV_KINDS, ModelConfig
 from edge_moe.errors import DeviceError, OptionError
 from edge_moe.expert_store import ExpertStore
@@ -172,7 +172,10 @@ class Model:
             checkpoint = hold_in_memory(checkpoint)
         else:
             map_resident_pages(self, checkpoint.maps)
-        return load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
+        model = load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
+        if self.expert_store is None:  # processes beside would take memory that a budget does not count
+            compile_ahead(product_formats(checkpoint), self.kv, self.threads - 1)
+        return model
 
     def _bounded_store(
         self, checkpoint: Checkpoint, bound: "_Bound", form_bytes: Callable[[BlockFormat, int], int] | None

@@ -9,6 +9,7 @@ import numpy as np
 
 from edge_moe.config import ModelConfig
 from edge_moe.errors import FormatError
+from edge_moe.formats import BlockFormat
 from edge_moe.gguf import GGUFFile, TensorEntry, open_gguf
 from edge_moe.metadata import read_config
 from edge_moe.weights import Weight
@@ -113,6 +114,13 @@ class Checkpoint:
     def loaded_by(self, load: Callable[[str, TensorEntry], TensorEntry]) -> "Checkpoint":
         """The same model with its tensors where `load(name, entry)` puts them."""
         return Checkpoint(self._gguf, load)
+
+
+def product_formats(checkpoint: Checkpoint) -> list[BlockFormat]:
+    """The formats of matrices that activations are multiplied with, each once, in the order of the file."""
+    only_read = {_gguf_name("embed_tokens")} if "lm_head" in checkpoint else set()
+    entries = (entry for name, entry in checkpoint.tensors.items() if name not in only_read)
+    return list(dict.fromkeys(entry.format for entry in entries if len(entry.shape) > 1))
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:

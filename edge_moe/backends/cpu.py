@@ -17,8 +17,10 @@ from edge_moe.backends.recorder import Program
 from edge_moe.backends.streaming import stream_experts
 from edge_moe.config import DeepseekV2Config, LlamaConfig
 from edge_moe.expert_store import ExpertStore
-from edge_moe.kernels import elementwise, products, routing
+from edge_moe.formats import BlockFormat
+from edge_moe.kernels import attention, elementwise, launch, product_units, products, routing
 from edge_moe.kernels.attention_expanded import ExpandedAttention
+from edge_moe.kernels.blocks import TAGS
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache
@@ -29,6 +31,13 @@ Grouping = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of routing.g
 
 EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 256  # from so many on making keys and values costs less than it saves
 _EXPANDED_TOKENS = 512  # of the context at a time
+
+
+def compile_ahead(formats: Sequence[BlockFormat], kv: str, n_processes: int) -> None:
+    """Have other processes compile what takes longest of a model's kernels, unless the cache has it."""
+    multiply = [(product_units.product_units, TAGS[fmt.name]) for fmt in formats]
+    attend = [(kernel, attention.FORMATS[kv]) for kernel in (attention.prepare_units, attention.attend_units)]
+    launch.compile_ahead([*multiply, *attend], n_processes)
 
 
 class CpuBackend:

@@ -6,12 +6,14 @@ thread's own share and then from others'. A slow or late thread takes fewer unit
 a fixed order: results do not depend on the number of threads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 from numba import types
 from numba.extending import intrinsic
 
+from edge_moe.kernels.ahead import Workers
 from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
 from edge_moe.kernels.simd import fetch_add, load
@@ -98,12 +100,19 @@ def launch(function, plan, n_units, operations, n_threads):
 
 
 _addresses: dict[tuple[Any, FormatTag], int] = {}
+_workers = Workers()
+
+
+def compile_ahead(jobs: Sequence[tuple[Any, FormatTag]], n_workers: int) -> None:
+    """Have kernels that will be wanted by `compiled_address` compiled by other processes, the last ones first."""
+    _workers.start(jobs, n_workers)
 
 
 def compiled_address(function: Any, fmt: FormatTag) -> int:
     """Address of a kernel's machine code for a block format, compiled now if it is not in the cache."""
     address = _addresses.get((function, fmt))
     if address is None:
+        _workers.leave_to_caller(function, fmt)
         numba.get_thread_id()  # only then numba makes it known to machine code from the cache
         function.compile((fmt, types.int64))
         result = function.overloads[fmt, types.int64]
