@@ -47,7 +47,7 @@ print(folder.exists(), process.poll() is not None)
 """
 ORPHANED = """
 workers.start(jobs, 1)
-print(workers._processes[0].pid, flush=True)
+print(workers._processes[0].pid, workers._folder.name, flush=True)
 import os
 os._exit(0)
 """
@@ -75,13 +75,15 @@ def test_nothing_is_started_where_there_is_no_cache_to_share(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
 def test_a_worker_ends_with_its_parent(tmp_path):
-    (pid,) = run(tmp_path, ORPHANED)
+    ((pid, folder),) = (line.split() for line in run(tmp_path, ORPHANED))
     status = Path(f"/proc/{pid}/status")
     for _ in range(100):
         try:
             if "zombie" in status.read_text():
-                return
+                break
         except FileNotFoundError:
-            return
+            break
         time.sleep(0.1)
-    pytest.fail(f"process {pid} goes on without its parent")
+    else:
+        pytest.fail(f"process {pid} goes on without its parent")
+    assert not Path(folder).exists()

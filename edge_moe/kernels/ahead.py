@@ -8,6 +8,7 @@ file, so that none is done twice; a job that a worker has in hand is waited for.
 import atexit
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,14 +98,15 @@ def _claim(folder: Path, name: str) -> bool:
     return True
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     sys.stdin.buffer.read()  # it ends when the process that holds the other end does
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def main(folder: str, *names: str) -> None:
     """What a worker does: the jobs that nobody has claimed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     for name in names:
         if _claim(Path(folder), name):
             module_name, function, format_name = name.split("-")
