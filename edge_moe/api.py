@@ -174,7 +174,7 @@ class Model:
             map_resident_pages(self, checkpoint.maps)
         model = load_pass(checkpoint, CpuBackend(self.threads, self.expert_store))
         if self.expert_store is None:  # processes beside would take memory that a budget does not count
-            compile_ahead(product_formats(checkpoint), self.kv, self.threads - 1)
+            compile_ahead(self.config, product_formats(checkpoint), self.kv, self.threads - 1)
         return model
 
     def _bounded_store(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import edge_moe
+from edge_moe.kernels import launch
+
 BEGIN = """
 import time
 from pathlib import Path
@@ -87,3 +90,13 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     else:
         pytest.fail(f"process {pid} goes on without its parent")
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(("folder", "attends"), [("golden", True), ("golden_llama", False)])
+def test_only_what_the_model_needs_is_compiled_ahead(folder, attends, monkeypatch):
+    """Kernels of latent attention are none of Llama's."""
+    asked = []
+    monkeypatch.setattr(launch, "compile_ahead", lambda jobs, n_workers: asked.extend(jobs))
+    edge_moe.load(next(iter(sorted((Path(__file__).parent / folder).glob("*.gguf")))), threads=2)
+    names = {function.py_func.__name__ for function, _ in asked}
+    assert names == ({"product_units", "prepare_units", "attend_units"} if attends else {"product_units"})

@@ -15,7 +15,7 @@ import numpy as np
 from edge_moe.backends.protocol import Compute
 from edge_moe.backends.recorder import Program
 from edge_moe.backends.streaming import stream_experts
-from edge_moe.config import DeepseekV2Config, LlamaConfig
+from edge_moe.config import DeepseekV2Config, LlamaConfig, ModelConfig
 from edge_moe.expert_store import ExpertStore
 from edge_moe.formats import BlockFormat
 from edge_moe.kernels import attention, elementwise, launch, product_units, products, routing
@@ -33,11 +33,12 @@ EXPANDED_QUERIES, EXPANDED_CONTEXT = 64, 256  # from so many on making keys and 
 _EXPANDED_TOKENS = 512  # of the context at a time
 
 
-def compile_ahead(formats: Sequence[BlockFormat], kv: str, n_processes: int) -> None:
+def compile_ahead(config: ModelConfig, formats: Sequence[BlockFormat], kv: str, n_processes: int) -> None:
     """Have other processes compile what takes longest of a model's kernels, unless the cache has it."""
-    multiply = [(product_units.product_units, TAGS[fmt.name]) for fmt in formats]
-    attend = [(kernel, attention.FORMATS[kv]) for kernel in (attention.prepare_units, attention.attend_units)]
-    launch.compile_ahead([*multiply, *attend], n_processes)
+    jobs = [(product_units.product_units, TAGS[fmt.name]) for fmt in formats]
+    if isinstance(config, DeepseekV2Config):
+        jobs += [(kernel, attention.FORMATS[kv]) for kernel in (attention.prepare_units, attention.attend_units)]
+    launch.compile_ahead(jobs, n_processes)
 
 
 class CpuBackend:

@@ -48,7 +48,6 @@ class Workers:
         self._names = {job: _file_name(*job) for job in missing}
         command = [sys.executable, "-m", __name__, self._folder.name, *reversed(self._names.values())]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         no_window = getattr(subprocess, "CREATE_NO_WINDOW", 0)
         with suppress(OSError):  # then this process compiles all
             for _ in range(n_workers):
@@ -56,8 +55,9 @@ class Workers:
                     command,
                     stdin=subprocess.PIPE,
                     env=env,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
                     creationflags=no_window,
-                    **quiet,  # type: ignore[call-overload]
                 )
                 self._processes.append(process)
         atexit.register(self.stop)
