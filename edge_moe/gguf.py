@@ -180,7 +180,7 @@ def _split_number(part: GGUFFile, key: str, default: int) -> int:
 
 
 def _open_part(path: Path) -> GGUFFile:
-    buffer = map_file(path)
+    buffer = _map_file(path)
     header = _Header(buffer, path)
     version = _read_version(header)
     n_tensors = header.number(_U64, "the tensor count")
@@ -196,7 +196,7 @@ def _open_part(path: Path) -> GGUFFile:
     return GGUFFile(path, metadata, tensors, len(buffer), version, alignment, {path: file_bytes})
 
 
-def map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> mmap.mmap:
     """A model file mapped to be read, by huge pages where the system can. Raises OptionError, FormatError."""
     try:
         mode = path.stat().st_mode

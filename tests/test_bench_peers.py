@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edge_moe.api import embedded_model_path
+from edge_moe.checkpoint import open_checkpoint
 
 TOOLS = Path(__file__).parent.parent / "tools"
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,7 +134,7 @@ def test_bytes_of_a_token_are_those_of_the_file(bench):
         tied = all(each.name != "output.weight" for each in reader.tensors)
         expected += tensor.n_bytes * share if tied or tensor.name != "token_embd.weight" else 0
         latent += tensor.shape[1] if "attn_kv_a_mqa" in tensor.name else 0
-    traffic = bench.traffic_of(path, "bf16")
+    traffic = bench.traffic_of(open_checkpoint(path), "bf16")
     assert traffic.weights_bytes == pytest.approx(expected, rel=1e-9)
     assert traffic.cache_bytes_per_position == pytest.approx(2 * latent, rel=0.01)
     assert traffic.bytes_at(10) == traffic.weights_bytes + 10 * traffic.cache_bytes_per_position
@@ -142,11 +143,12 @@ def test_bytes_of_a_token_are_those_of_the_file(bench):
 @pytest.mark.parametrize(("kv", "head_bytes"), [("bf16", 2 * 2 * 16), ("int8", 2 * 16 + 8), ("f32", 2 * 4 * 16)])
 def test_bytes_of_keys_and_values(bench, kv, head_bytes):
     """Mixtral's golden: 2 layers of 2 heads of keys of 8 numbers, each filled up to 16."""
-    traffic = bench.traffic_of(LLAMAS / "mixtral.gguf", kv)
+    checkpoint = open_checkpoint(LLAMAS / "mixtral.gguf")
+    traffic = bench.traffic_of(checkpoint, kv)
     assert traffic.cache_bytes_per_position == 2 * 2 * head_bytes
     assert traffic.has_values
     with pytest.raises(bench.ToolError, match=r"--kv int4: the cache of mixtral\.gguf is one of bf16, int8, f32"):
-        bench.traffic_of(LLAMAS / "mixtral.gguf", "int4")
+        bench.traffic_of(checkpoint, "int4")
 
 
 def test_the_memory_is_really_read(bench):
@@ -155,21 +157,21 @@ def test_the_memory_is_really_read(bench):
     words = np.arange(100_003, dtype=np.uint32)
     for n_parts in (1, 2, 3):
         assert memory_bound.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
-    assert all(1e8 < speed < 1e13 for speed in memory_bound.Reads(1, None, 1 << 24).speeds().values())
+    assert all(1e8 < speed < 1e13 for speed in memory_bound.Reads(1, (), 1 << 24).speeds().values())
 
 
-def test_parts_of_a_file_are_read_one_after_the_other(bench, tmp_path):
+def test_pieces_of_files_are_read_one_after_the_other(bench):
+    """Of all parts of a split model; what a file has beyond whole pieces is left out, a short file is one piece."""
     import memory_bound
 
-    path = tmp_path / "words"
-    np.arange(1000, dtype=np.uint32).tofile(path)
-    reads = memory_bound.Reads(1, path, 1200)
-    for _ in range(4):
+    words = np.arange(1300, dtype=np.uint32)
+    maps = [words[:1000].view(np.uint8), words[1000:1200].view(np.uint8), words[1000:].view(np.uint8)]
+    reads = memory_bound.Reads(1, maps, 1200)
+    for _ in range(6):
         assert set(reads.speeds()) == {memory_bound.MEMORY, memory_bound.PAGES}
-    parts = [np.arange(i, i + 300).sum() for i in (0, 300, 600)]
-    assert reads.totals == {-1: 300} | dict(enumerate(parts))
-    with path.open("r+b") as file:
-        file.write(b"other")
+    starts = [(0, 300), (300, 600), (600, 900), (1000, 1200), (1000, 1300)]
+    assert reads.totals == {-1: 300} | {i: words[first:last].sum() for i, (first, last) in enumerate(starts)}
+    words[0] = 5
     reads.n_read = 0
     with pytest.raises(RuntimeError, match="they changed"):
         reads.speeds()
@@ -201,14 +203,14 @@ def test_a_model_in_turn_with_the_memory(bench, monkeypatch, large):
     """A share is the speed at which tokens took their bytes by that of reading; a small model is not interrupted."""
     import memory_bound
 
-    monkeypatch.setattr(memory_bound, "is_large", lambda path: large)
+    monkeypatch.setattr(memory_bound, "is_large", lambda n_bytes: large)
     monkeypatch.setattr(memory_bound, "READ_BYTES", 1 << 20)
     at_once, in_turn = [], memory_bound.in_turn
     monkeypatch.setattr(
         memory_bound, "in_turn", lambda token, n, size, read: at_once.append((n, size)) or in_turn(token, n, size, read)
     )
-    path = GOLDEN / "v2_lite.gguf"
-    pacer = bench.Pacer(path, "int8", 1, bench.traffic_of(path, "int8"))
+    checkpoint = open_checkpoint(GOLDEN / "v2_lite.gguf")
+    pacer = bench.Pacer(checkpoint, "int8", 1, bench.traffic_of(checkpoint, "int8"))
     for depth in (0, 8, 8):
         found = pacer(6, depth)
         assert found["tok_per_s"] > 0

@@ -30,6 +30,7 @@ import numpy as np
 from llama_tools import HOW_TO_BUILD, ToolError, find_tool, run
 from memory_bound import MEMORY, PAGES, Pacer, Traffic, fits_memory, traffic_of
 
+from edge_moe.checkpoint import open_checkpoint
 from edge_moe.cli.report import Display, format_bytes, write_json
 from edge_moe.config import KV_KINDS
 from edge_moe.errors import EdgeMoeError
@@ -298,7 +299,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="a .gguf file that both can run")
+    add("model", metavar="MODEL", type=Path, help="a .gguf file that both can run, of a split model the first part")
     add("--llama", metavar="DIR", type=Path, help="folder of llama-bench (default: PATH)")
     add("-t", "--threads", metavar="N", type=int, help="threads of both (default: one per physical core)")
     add("--rounds", metavar="N", type=int, default=3, help="rounds (default 3)")
@@ -327,16 +328,16 @@ def execute(args: argparse.Namespace) -> None:
 
     args.threads = args.threads or default_threads()
     kv = args.kv or KV_KINDS[0]
-    traffic = traffic_of(args.model, kv)  # first of all, as it reads the model's header
+    checkpoint = open_checkpoint(args.model)
+    traffic = traffic_of(checkpoint, kv)
     args.has_values = traffic.has_values
     find_tool("llama-bench", args.llama)
     tests = [Test("tg", args.n_gen, depth) for depth in args.contexts] + [Test("pp", n) for n in args.prompts]
     if not tests:
         raise ToolError("nothing to measure: --contexts and --prompts are both empty")
-    status = args.model.stat()
     setup = {
         "model": str(args.model.resolve()),
-        "model_bytes": status.st_size,
+        "model_bytes": checkpoint.size_bytes,
         "threads": args.threads,
         "kv": args.kv,
         "llama_kv": args.llama_kv or args.kv,
@@ -350,8 +351,8 @@ def execute(args: argparse.Namespace) -> None:
         def show(done: int, total: int, what: str) -> None:
             display.show("measuring", done, total, what)
 
-        pacer = Pacer(args.model, kv, args.threads, traffic)
-        pace = (lambda test: pacer(test.n_tokens, test.depth)) if fits_memory(args.model) else None
+        pacer = Pacer(checkpoint, kv, args.threads, traffic)
+        pace = (lambda test: pacer(test.n_tokens, test.depth)) if fits_memory(checkpoint.size_bytes) else None
         measure(log, tests, args.rounds, engines, pace, show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)

@@ -6,9 +6,8 @@ before and right after them, a few at a time, and of all these comparisons the m
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ import psutil
 from llama_tools import ToolError
 from numba import prange, types
 
-from edge_moe.checkpoint import open_checkpoint
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import LlamaConfig
-from edge_moe.gguf import map_file
 from edge_moe.kernels.elementwise import set_threads
 from edge_moe.kernels.fetches import prefetch_once
 from edge_moe.kernels.jit import parallel_kernel
@@ -52,46 +50,54 @@ def sum_words(words, n_parts):
     return np.uint32((sums.sum() + words[64 * n_lines :].sum()) & 0xFFFFFFFF)
 
 
-def fits_memory(path: Path) -> bool:
-    """Whether a file can stay in memory, without which its bound is another one, the disk's."""
-    return path.stat().st_size < psutil.virtual_memory().available
+def fits_memory(n_bytes: int) -> bool:
+    """Whether a model can stay in memory, without which its bound is another one, the disk's."""
+    return n_bytes < psutil.virtual_memory().available
 
 
-def is_large(path: Path) -> bool:
-    """Whether a file is large enough to measure the memory by its pages: no cache holds it."""
-    return path.stat().st_size >= READ_BYTES
+def is_large(n_bytes: int) -> bool:
+    """Whether a model is large enough to measure the memory by its pages: no cache holds it."""
+    return n_bytes >= READ_BYTES
+
+
+def pieces_of(maps: Iterable[np.ndarray], n_words: int) -> list[np.ndarray]:
+    """Mapped files u8[N], each as pieces u32[n_words], without its rest; a shorter file is one piece."""
+    pieces = []
+    for mapped in maps:
+        words = np.frombuffer(mapped, np.uint32, mapped.size // 4)
+        pieces += [words[i * n_words :][:n_words] for i in range(max(1, words.size // n_words))]
+    return pieces
 
 
 class Reads:
-    """What is read with `threads` threads: memory of its own and, given a file, its pages, as edge_moe maps a model."""
+    """What is read with `threads` threads: memory of its own and the pages of a model's files u8[N], if there are any.
 
-    def __init__(self, threads: int, path: Path | None, n_bytes: int) -> None:
+    At most n_bytes at a time.
+    """
+
+    def __init__(self, threads: int, maps: Iterable[np.ndarray], n_bytes: int) -> None:
         set_threads(threads)
-        self.threads, self.n_parts, self.n_read = threads, 1, 0
+        self.threads, self.n_read = threads, 0
         n_words = min(n_bytes, psutil.virtual_memory().available // 4) // 4
         self.words = np.ones(n_words, np.uint32)  # ones, not zeros: untouched pages would all be the same one
-        self.totals: dict[int, int] = {-1: n_words & 0xFFFFFFFF}  # by part of the file; -1: of the memory
-        self.pages = self.words[:0]
-        if path is not None:
-            mapped = map_file(path)
-            self.pages = np.frombuffer(mapped, np.uint32, len(mapped) // 4)
-            self.n_parts = max(1, self.pages.size // n_words)
+        self.totals: dict[int, int] = {-1: n_words & 0xFFFFFFFF}  # by piece of the files; -1: of the memory
+        self.pieces = pieces_of(maps, n_words)
 
     def speeds(self) -> dict[str, float]:
-        """Bytes a second: of the memory the same each time, of the file one part after the other."""
+        """Bytes a second: of the memory the same each time, of the files one piece after the other."""
         found = {MEMORY: self._speed(self.words, -1)}
-        if self.pages.size:
-            part, size = self.n_read % self.n_parts, self.words.size
-            found[PAGES] = self._speed(self.pages[part * size : (part + 1) * size], part)
+        if self.pieces:
+            piece = self.n_read % len(self.pieces)
+            found[PAGES] = self._speed(self.pieces[piece], piece)
             self.n_read += 1
         return found
 
-    def _speed(self, words: np.ndarray, part: int) -> float:
+    def _speed(self, words: np.ndarray, piece: int) -> float:
         started = time.perf_counter()
         total = int(sum_words(words, self.threads))
         seconds = time.perf_counter() - started
-        if self.totals.setdefault(part, total) != total:
-            raise RuntimeError(f"{words.nbytes} bytes had the sums {self.totals[part]} and {total}: they changed")
+        if self.totals.setdefault(piece, total) != total:
+            raise RuntimeError(f"{words.nbytes} bytes had the sums {self.totals[piece]} and {total}: they changed")
         return words.nbytes / seconds
 
 
@@ -108,16 +114,15 @@ class Traffic:
         return self.weights_bytes + depth * self.cache_bytes_per_position
 
 
-def traffic_of(path: Path, kv: str) -> Traffic:
+def traffic_of(checkpoint: Checkpoint, kv: str) -> Traffic:
     """What the model's config and tensor sizes say. Raises FormatError, UnsupportedError, ToolError."""
     from edge_moe import plan
     from edge_moe.models.architectures import cache_bytes_by_kind, load_weights
 
-    checkpoint = open_checkpoint(path)
     length = min(1024, checkpoint.config.max_position_embeddings)
     cache_bytes = cache_bytes_by_kind(checkpoint.config, length)
     if kv not in cache_bytes:
-        raise ToolError(f"--kv {kv}: the cache of {path.name} is one of {', '.join(cache_bytes)}")
+        raise ToolError(f"--kv {kv}: the cache of {checkpoint.path.name} is one of {', '.join(cache_bytes)}")
     _, weights_bytes = plan.active_weights(checkpoint.config, plan.parts(load_weights(checkpoint)))
     return Traffic(weights_bytes, cache_bytes[kv] / length, isinstance(checkpoint.config, LlamaConfig))
 
@@ -148,8 +153,8 @@ def in_turn(
 class Pacer:
     """A model that generates in turn with reads of the memory; it stays loaded, and so do its caches."""
 
-    def __init__(self, path: Path, kv: str, threads: int, traffic: Traffic) -> None:
-        self.path, self.kv, self.threads, self.traffic = path, kv, threads, traffic
+    def __init__(self, checkpoint: Checkpoint, kv: str, threads: int, traffic: Traffic) -> None:
+        self.checkpoint, self.kv, self.threads, self.traffic = checkpoint, kv, threads, traffic
         self.model: Any = None
         self.caches: dict[tuple[int, int], Any] = {}
 
@@ -159,9 +164,9 @@ class Pacer:
         Returns tok_per_s, and for each of what is read bytes a second (`reads`) and the share of that speed at which
         tokens took their bytes (`shares`): medians.
         """
-        large, ids = is_large(self.path), self._ids(n_tokens, depth)
+        large, ids = is_large(self.checkpoint.size_bytes), self._ids(n_tokens, depth)
         cache = self._cache(n_tokens, depth)
-        reader = Reads(self.threads, self.path if large else None, READ_BYTES)
+        reader = Reads(self.threads, self.checkpoint.maps.values() if large else (), READ_BYTES)
 
         def token(i: int) -> None:
             self.model.forward(ids[i : i + 1], cache)
@@ -186,7 +191,7 @@ class Pacer:
         import edge_moe
 
         if self.model is None:
-            self.model = edge_moe.load(self.path, kv=self.kv, threads=self.threads)
+            self.model = edge_moe.load(self.checkpoint.path, kv=self.kv, threads=self.threads)
         return np.random.default_rng(seed).integers(0, self.model.config.vocab_size, n)
 
     def _cache(self, n_tokens: int, depth: int) -> Any:
