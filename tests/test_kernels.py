@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from edge_moe.kernels import elementwise, routing
+from edge_moe.errors import ShapeError
+from edge_moe.kernels import elementwise, routing, steps
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_rms_norm(rng):
     x, weight = rng.standard_normal((5, 96), np.float32) * 3, rng.standard_normal(96, np.float32)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * weight
-    np.testing.assert_allclose(elementwise.rms_norm(x, weight, np.float32(1e-5)), expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(steps.rms_norm(x, weight, 1e-5), expected, rtol=2e-6, atol=1e-6)
 
 
 def test_rope_turns_adjacent_pairs(rng):
@@ -36,8 +37,56 @@ def test_rope_turns_adjacent_pairs(rng):
     pairs = x.astype(np.float64)[..., 0::2] + 1j * x.astype(np.float64)[..., 1::2]
     turned = pairs * np.exp(1j * angles)[:, None, :]
     expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
-    got = elementwise.rope_pairs(x, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    got = steps.rope_pairs(x, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_rope_takes_a_part_of_each_head(rng):
+    """As models cut it off: rows with gaps."""
+    x, angles = rng.standard_normal((3, 2, 12), np.float32), rng.standard_normal((3, 4)).astype(np.float32)
+    part = x[..., 4:]
+    np.testing.assert_array_equal(
+        steps.rope_pairs(part, np.cos(angles), np.sin(angles)),
+        steps.rope_pairs(part.copy(), np.cos(angles), np.sin(angles)),
+    )
+
+
+def test_threads_do_not_change_results(rng):
+    """Of arrays large enough to be shared."""
+    x, y = rng.standard_normal((2, 300, 512), np.float32)
+    positions, weights = rng.permutation(300).reshape(100, 3), rng.random((100, 3), np.float32)
+    angles, logits = rng.standard_normal((300, 32), np.float32), rng.standard_normal((3000, 64), np.float32)
+    found = []
+    for n_threads in (1, elementwise.max_threads()):
+        elementwise.set_threads(n_threads)
+        found.append(
+            [
+                steps.rms_norm(x, y[0], 1e-5),
+                steps.rope_pairs(x.reshape(300, 8, 64), np.cos(angles), np.sin(angles)),
+                steps.silu_multiply(x, y),
+                steps.weighted_sum(x, positions, weights),
+                *steps.route(logits, logits[0], True, 8, 4, 2, 6, True, 2.5),
+            ]
+        )
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_arrays_that_do_not_fit_are_refused(rng):
+    x, few = np.zeros((4, 8), np.float32), np.zeros((4, 6), np.float32)
+    angles = np.zeros((4, 2), np.float32)
+    for call in (
+        lambda: steps.rms_norm(x, few[0], 1e-5),
+        lambda: steps.rope_pairs(few.reshape(4, 1, 6), angles, angles),
+        lambda: steps.rope_pairs(np.zeros((4, 1, 4), np.float32), angles, angles[:3]),
+        lambda: steps.silu_multiply(x, few),
+        lambda: steps.weighted_sum(x, np.zeros((2, 2), np.int64), angles),
+        lambda: steps.weighted_sum(x, np.full((4, 2), 4), angles),
+        lambda: steps.weighted_sum(x, np.full((4, 2), -1), angles),
+        lambda: steps.route(x, few[0], False, 1, 1, 1, 2, False, 1.0),
+    ):
+        with pytest.raises(ShapeError):
+            call()
 
 
 def test_store_bf16_rounds_to_nearest_even(rng):
@@ -63,7 +112,7 @@ def test_silu_multiply(rng, shape):
     gate[0, 0], gate[0, 1] = -200, 200
     wide = gate.astype(np.float64)
     expected = wide / (1 + np.exp(-wide)) * up
-    np.testing.assert_allclose(elementwise.silu_multiply(gate, up), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(steps.silu_multiply(gate, up), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("n_tokens", "width"), [(1, 10), (40, 10), (40, 1000)])
@@ -72,7 +121,7 @@ def test_weighted_sum(rng, n_tokens, width):
     positions = rng.permutation(n_tokens * 3).reshape(n_tokens, 3)
     weights = rng.random((n_tokens, 3), np.float32)
     expected = (values[positions].astype(np.float64) * weights[..., None]).sum(1)
-    np.testing.assert_allclose(elementwise.weighted_sum(values, positions, weights), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(steps.weighted_sum(values, positions, weights), expected, rtol=1e-5, atol=1e-6)
 
 
 def slow_route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, scale):
@@ -103,16 +152,14 @@ def test_route(rng, norm, sigmoid, n_group, topk_group, group_score_experts):
     logits = rng.standard_normal((50, 32), np.float32) * 3
     bias = rng.standard_normal(32, np.float32) * 0.3
     rule = (sigmoid, n_group, topk_group, group_score_experts, 5, norm, 2.5)
-    ids, weights = routing.route(logits, bias, *rule[:-1], np.float32(rule[-1]))
+    ids, weights = steps.route(logits, bias, *rule)
     expected_ids, expected_weights = slow_route(logits, bias, *rule)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(weights, expected_weights, rtol=2e-5)
 
 
 def test_route_survives_nan():
-    ids, _ = routing.route(
-        np.full((2, 8), np.nan, np.float32), np.zeros(8, np.float32), False, 4, 2, 1, 3, True, np.float32(1)
-    )
+    ids, _ = steps.route(np.full((2, 8), np.nan, np.float32), np.zeros(8, np.float32), False, 4, 2, 1, 3, True, 1.0)
     assert ids.min() >= 0
     assert all(len(set(row)) == 3 for row in ids.tolist())
 

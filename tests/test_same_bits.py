@@ -47,10 +47,10 @@ def results(call, arrays, n_out):
 def test_norm(n):
     rng = np.random.default_rng(n)
     arrays = [rng.standard_normal(n).astype(np.float32) for _ in range(2)]
-    eps = int(np.float64(1e-5).view(np.int64))
+    eps = steps.float_bits(1e-5)
 
     def norm(addresses, out):
-        run(steps.norm_step, [0, n, *addresses, eps, out])
+        run(steps.norm_units, [0, 1, n, *addresses, eps, out])
 
     assert len(results(norm, arrays, n)) == 1
 
@@ -61,7 +61,7 @@ def test_rope(n_heads, n_pairs):
     x, cos, sin = (rng.standard_normal(n).astype(np.float32) for n in (2 * n_heads * n_pairs, n_pairs, n_pairs))
 
     def rope(addresses, out):
-        run(steps.rope_step, [0, n_heads, n_pairs, addresses[0], 8 * n_pairs, *addresses[1:], out])
+        run(steps.rope_units, [0, 1, n_heads, n_pairs, addresses[0], 0, 8 * n_pairs, *addresses[1:], out])
 
     assert len(results(rope, [x, cos, sin], x.size)) == 1
 
@@ -94,10 +94,11 @@ def test_activation_and_weighted_sum(n):
     positions = np.arange(2)
 
     def silu(addresses, out):
-        run(steps.silu_step, [0, n, *addresses, out])
+        run(steps.silu_units, [0, 1, n, *addresses, out])
 
     def weighted_sum(addresses, out):
-        run(steps.weighted_sum_step, [0, 2, n, addresses[0], positions.ctypes.data, addresses[1], out])
+        plan = [0, 1, 2, 2, n, addresses[0], positions.ctypes.data, addresses[1], out]
+        run(steps.weighted_sum_units, plan)
 
     assert len(results(silu, [gate, up], n)) == 1
     assert len(results(weighted_sum, [np.concatenate([gate, up]), weights], n)) == 1
@@ -105,10 +106,10 @@ def test_activation_and_weighted_sum(n):
 
 NORM_AND_ROPE = """
 import numpy as np
-from edge_moe.kernels.elementwise import rms_norm, rope_pairs
+from edge_moe.kernels.steps import rms_norm, rope_pairs
 rng = np.random.default_rng(0)
 x, cos, sin = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 4, 8), (32, 4), (32, 4)))
-norm = rms_norm(x.reshape(32, 32), cos.reshape(-1)[:32], np.float32(1e-5))
+norm = rms_norm(x.reshape(32, 32), cos.reshape(-1)[:32], 1e-5)
 print(rope_pairs(x, cos, sin).tobytes().hex(), norm.tobytes().hex())
 """
 # All kinds in one process: a kernel's helpers are what the first kernel with them was given.

@@ -18,7 +18,7 @@ from edge_moe.backends.streaming import stream_experts
 from edge_moe.config import DeepseekV2Config, LlamaConfig, ModelConfig
 from edge_moe.expert_store import ExpertStore
 from edge_moe.formats import BlockFormat
-from edge_moe.kernels import attention, elementwise, launch, product_units, products, routing
+from edge_moe.kernels import attention, elementwise, launch, product_units, products, routing, steps
 from edge_moe.kernels.attention_expanded import ExpandedAttention
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kv_cache import KvCache
@@ -110,7 +110,7 @@ class CpuBackend:
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """RMSNorm of each row. x f32[T,D], weight f32[D] -> f32[T,D]."""
-        return elementwise.rms_norm(np.ascontiguousarray(x), weight, np.float32(eps))
+        return steps.rms_norm(x, weight, eps)
 
     def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
         """Products of one input with several matrices, then with `fine` ones. x f32[T,C] -> a list of f32[T,n_rows]."""
@@ -142,7 +142,7 @@ class CpuBackend:
 
     def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Rotate adjacent pairs. x f32[T,H,P], cos and sin f32[T,P/2] -> f32[T,H,P]."""
-        return elementwise.rope_pairs(np.ascontiguousarray(x), cos, sin)
+        return steps.rope_pairs(x, cos, sin)
 
     def latent_attention(
         self,
@@ -216,9 +216,7 @@ class CpuBackend:
         scale: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose experts. logits f32[T,E], bias f32[E] -> ids i64[T,K], weights f32[T,K]."""
-        return routing.route(
-            logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, np.float32(scale)
-        )
+        return steps.route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, scale)
 
     @property
     def looks_ahead(self) -> bool:
@@ -242,8 +240,8 @@ class CpuBackend:
     def gated_mlp(self, x: np.ndarray, gate: Weight, up: Weight, down: Weight, *, fine: bool = False) -> np.ndarray:
         """down(silu(gate x) * (up x)), all products fine or none. x f32[T,D] -> f32[T,D]."""
         if fine:
-            return self.linear(elementwise.silu_multiply(*self.linear(x, fine=(gate, up))), fine=(down,))[0]
-        return self.linear(elementwise.silu_multiply(*self.linear(x, gate, up)), down)[0]
+            return self.linear(steps.silu_multiply(*self.linear(x, fine=(gate, up))), fine=(down,))[0]
+        return self.linear(steps.silu_multiply(*self.linear(x, gate, up)), down)[0]
 
     def experts(
         self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Weight, up: Weight, down: Weight
@@ -255,7 +253,7 @@ class CpuBackend:
         if self.store is not None:
             return stream_experts(self.store, x, ids, weights, gate, up, down)
         grouping = routing.group_by_expert(ids, down.shape[0])
-        return elementwise.weighted_sum(self.by_expert(x, grouping, gate, up, down), grouping[3], weights)
+        return steps.weighted_sum(self.by_expert(x, grouping, gate, up, down), grouping[3], weights)
 
     def by_expert(self, x: np.ndarray, grouping: Grouping, gate: Weight, up: Weight, down: Weight) -> np.ndarray:
         """What each chosen expert gives for each of its tokens, one expert behind the other: f32[T*K,D]."""
@@ -269,7 +267,7 @@ class CpuBackend:
             gate_out, up_out = _grouped_product(x, rows, grouping, gate, up)
         else:
             gate_out, up_out = _grouped_product(x, rows, grouping, gate)[0], _grouped_product(x, rows, grouping, up)[0]
-        return elementwise.silu_multiply(gate_out, up_out)
+        return steps.silu_multiply(gate_out, up_out)
 
 
 def _decoded(stack: Weight) -> np.ndarray:

@@ -21,25 +21,19 @@ from edge_moe.kernels import steps
 from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
-from edge_moe.kernels.launch import SHARE_BYTES, compiled_address
+from edge_moe.kernels.launch import NUMBERS, SHARE_BYTES, compiled_address
 from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
+from edge_moe.kernels.steps import VALUE_OPERATIONS, float_bits
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 SHARED_OPERATIONS = 30_000  # from so many on a step is shared between threads: some 3 microseconds
-SILU_OPERATIONS = 8  # what silu costs beside a multiplication
-NUMBERS = TAGS["F32"]  # stands for the block format where a kernel has none
 
 
 def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _bits(value: float) -> int:
-    """A number as the int64 with the bits of its f64."""
-    return int(np.float64(value).view(np.int64))
 
 
 class Program:
@@ -157,7 +151,7 @@ class Recorder:
         """RMSNorm. x f32[1,D], weight f32[D] -> f32[1,D]."""
         self.keep.append(weight)
         out = self._empty(*x.shape)
-        self._step(steps.norm_step, [0, x.size, _address(x), _address(weight), _bits(eps), _address(out)])
+        self._step(steps.norm_units, [0, 1, x.size, _address(x), _address(weight), float_bits(eps), _address(out)])
         return out
 
     def linear(self, x: np.ndarray, *weights: Weight, fine: Sequence[Weight] = ()) -> list[np.ndarray]:
@@ -195,8 +189,8 @@ class Recorder:
     def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Rotate adjacent pairs. x f32[1,H,P], cos and sin f32[1,P/2] -> f32[1,H,P]."""
         out = self._empty(*x.shape)
-        sizes = [x.shape[1], x.shape[2] // 2]
-        self._step(steps.rope_step, [0, *sizes, _address(x), x.strides[1], _address(cos), _address(sin), _address(out)])
+        plan = [0, 1, x.shape[1], x.shape[2] // 2, _address(x), *x.strides[:2]]
+        self._step(steps.rope_units, [*plan, _address(cos), _address(sin), _address(out)])
         return out
 
     def latent_attention(
@@ -252,9 +246,9 @@ class Recorder:
         """Choose experts. logits f32[1,E], bias f32[E] -> ids i64[1,K], weights f32[1,K]."""
         self.keep.append(bias)
         ids, weights = self._empty(1, top_k, dtype=np.int64), self._empty(1, top_k)
-        plan = [0, logits.size, top_k, _address(logits), _address(bias), sigmoid, n_group, topk_group]
-        plan += [group_score_experts, norm, _bits(scale), _address(ids), _address(weights)]
-        self._step(steps.route_step, plan)
+        plan = [0, 1, logits.size, top_k, _address(logits), _address(bias), sigmoid, n_group, topk_group]
+        plan += [group_score_experts, norm, float_bits(scale), _address(ids), _address(weights)]
+        self._step(steps.route_units, plan)
         return ids, weights
 
     @property
@@ -324,8 +318,8 @@ class Recorder:
         self._product(down, gated, downs)
         positions = np.arange(top_k)
         self.keep.append(positions)
-        plan = [0, top_k, down.shape[1], _address(out), _address(positions), _address(weights), _address(total)]
-        self._step(steps.weighted_sum_step, plan)
+        plan = [0, 1, top_k, *out.shape, _address(out), _address(positions), _address(weights), _address(total)]
+        self._step(steps.weighted_sum_units, plan)
         if tables is not None:
             self.steps.append(lambda: False)  # what follows is for all tokens again
             self._quantized = None  # its step may have been passed over
@@ -425,12 +419,12 @@ class Recorder:
         """silu(gate) * up as products want it, rows and what they leave as above. f32[M,C], f32[M,C]."""
         if not group:
             out = self._empty(*gate.shape)
-            self._step(steps.silu_step, [0, gate.size, _address(gate), _address(up), _address(out)])
+            self._step(steps.silu_units, [0, 1, gate.size, _address(gate), _address(up), _address(out)])
             return self._inputs(out, len(out), _address(out), out.strides[0])
         n_rows, n_cols = gate.shape
         records, first, stride = self._records(n_rows, n_cols, group, is_fine)
         plan = [0, n_rows, _address(gate), _address(up), first, stride, n_cols, group, is_fine]
-        self._step(steps.gated_units, plan, operations=SILU_OPERATIONS * gate.size if n_rows > 1 else 0)
+        self._step(steps.gated_units, plan, operations=VALUE_OPERATIONS * gate.size if n_rows > 1 else 0)
         return self._inputs(records, (1 + is_fine) * n_rows, first, stride)
 
     def _sum_of_terms(self, out: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from edge_moe.expert_store import ExpertStore
-from edge_moe.kernels import elementwise, products, routing
+from edge_moe.kernels import products, routing, steps
 from edge_moe.weights import Weight
 
 
@@ -27,6 +27,6 @@ def stream_experts(
         else:
             gate_out = products.grouped_linear(x, own, ends, gate.format, at[0], n_rows)
             up_out = products.grouped_linear(x, own, ends, up.format, at[1], n_rows)
-        gated = elementwise.silu_multiply(gate_out, up_out)
+        gated = steps.silu_multiply(gate_out, up_out)
         out[chosen] = products.grouped_linear(gated, np.arange(len(own)), ends, down.format, at[2], down.shape[1])
-    return elementwise.weighted_sum(out, positions, weights)
+    return steps.weighted_sum(out, positions, weights)

@@ -10,15 +10,14 @@ Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; online softmax over blocks, 
 import math
 
 import numpy as np
-from numba import get_num_threads, types
+from numba import types
 
 from edge_moe.errors import ShapeError
 from edge_moe.kernels.attention_codes import softmax_of_blocks
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT, LARGEST, SUM, context_bytes
 from edge_moe.kernels.attention_tiles import tile_accumulate, tile_add_outer
-from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import inline_kernel, kernel
-from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.launch import NUMBERS, run_units
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, load, store
 from edge_moe.kernels.tiles import TILE_TOKENS, tile_add_product, tile_store, tile_zero
 
@@ -123,11 +122,6 @@ def _panels(x: np.ndarray, width: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(*outer, n_panels, width, depth).swapaxes(-1, -2))
 
 
-def _launch(function, plan: list[int], n_units: int, operations: int) -> None:
-    numbers = np.array(plan, np.int64)
-    launch(compiled_address(function, TAGS["F32"]), numbers.ctypes.data, n_units, operations, get_num_threads())
-
-
 class ExpandedAttention:
     """Softmax attention of T queries, at the positions from `start` on, to a context that is given block by block."""
 
@@ -189,7 +183,7 @@ class ExpandedAttention:
         plan = [0, n_heads, n_queries, columns, self._rope, self._value_columns, n, first, self._start]
         plan += [self._queries.ctypes.data, keys.ctypes.data, keys.strides[0], pe_panels.ctypes.data]
         plan += [values.ctypes.data, values.strides[0], self._parts.ctypes.data]
-        _launch(expanded_units, plan, n_units, n_units * TILE_TOKENS * n * (columns + self._value_columns))
+        run_units(expanded_units, NUMBERS, plan, n_units, n_units * TILE_TOKENS * n * (columns + self._value_columns))
 
     def result(self) -> np.ndarray:
         """The weighted sums of values, f32[T,H,V]."""
@@ -210,4 +204,4 @@ def _multiply(a: np.ndarray, a_has_heads: int, b: np.ndarray, out: np.ndarray, s
     heads = (a.strides[0], 0) if a_has_heads else (0, b.strides[0])
     plan = [0, n_heads, n_a, n_b, depth, a.ctypes.data, heads[0], b.ctypes.data, heads[1]]
     plan += [out.ctypes.data, out.strides[0], *steps]
-    _launch(multiply_units, plan, n_heads * n_a, n_heads * n_a * n_b * depth * LANES * TILE_TOKENS)
+    run_units(multiply_units, NUMBERS, plan, n_heads * n_a, n_heads * n_a * n_b * depth * LANES * TILE_TOKENS)

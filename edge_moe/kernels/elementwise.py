@@ -1,16 +1,14 @@
-"""Kernels that touch each value once: norms, rotary embedding, gated activation, weighted sums, bf16 rounding."""
+"""What touches each value once, row by row: norms, rotary embedding, gated activation, weighted sums, bf16 rounding."""
 
 import math
 
 import numba
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from edge_moe.kernels.functions import exp2
-from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
+from edge_moe.kernels.jit import inline_kernel, kernel
 from edge_moe.kernels.simd import address_of, f32x16, first_lane, fma, load, reduce_add, splat, store
-
-_WORTH_THREADS = 65536  # values; waking other threads takes longer than working through fewer
 
 
 @inline_kernel
@@ -36,15 +34,6 @@ def rms_norm_row(x, weight, eps, out):
         store(outs + 4 * i, first_lane(splat(f32x16, x[i]) * scale * splat(f32x16, weight[i])))
 
 
-@kernel
-def rms_norm(x, weight, eps):
-    """Root-mean-square norm of each row. x f32[T,D], weight f32[D], eps f32 -> f32[T,D]."""
-    out = np.empty(x.shape, np.float32)
-    for t in range(x.shape[0]):
-        rms_norm_row(x[t], weight, eps, out[t])
-    return out
-
-
 @inline_kernel
 def rope_row(x, cos, sin, out):
     """Rotate adjacent pairs of one row. x and out f32[P], cos and sin f32[P/2]."""
@@ -52,19 +41,6 @@ def rope_row(x, cos, sin, out):
         even, odd = x[2 * i], x[2 * i + 1]
         out[2 * i] = fma(even, cos[i], -(odd * sin[i]))
         out[2 * i + 1] = fma(even, sin[i], odd * cos[i])
-
-
-@kernel
-def rope_pairs(x, cos, sin):
-    """Rotate adjacent pairs of the last axis. x f32[T,H,P], cos and sin f32[T,P/2] -> f32[T,H,P].
-
-    Source: RoFormer, arXiv 2104.09864, equation 34, in the paper's own order of dimensions.
-    """
-    out = np.empty(x.shape, np.float32)
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            rope_row(x[t, h], cos[t], sin[t], out[t, h])
-    return out
 
 
 @inline_kernel
@@ -104,20 +80,6 @@ def silu_multiply_row(gate, up, out):
         out[i] = gate[i] / (np.float32(1.0) + np.exp(-gate[i])) * up[i]
 
 
-@parallel_kernel
-def silu_multiply(gate, up):
-    """silu(gate) * up, the gated activation of each expert. f32[M,F], f32[M,F] -> f32[M,F]."""
-    n_rows = gate.shape[0]
-    out = np.empty(gate.shape, np.float32)
-    if gate.size < _WORTH_THREADS:
-        for m in range(n_rows):
-            silu_multiply_row(gate[m], up[m], out[m])
-    else:
-        for m in prange(n_rows):
-            silu_multiply_row(gate[m], up[m], out[m])
-    return out
-
-
 @inline_kernel
 def weighted_sum_row(values, positions, weights, out):
     """Rows times their weights, added. values f32[M,D], positions i64[K], weights f32[K], out f32[D]."""
@@ -126,20 +88,6 @@ def weighted_sum_row(values, positions, weights, out):
         row, weight = values[positions[k]], weights[k]
         for i in range(values.shape[1]):
             out[i] += weight * row[i]
-
-
-@parallel_kernel
-def weighted_sum(values, positions, weights):
-    """Sum each token's expert outputs. values f32[M,D], positions i64[T,K], weights f32[T,K] -> f32[T,D]."""
-    n_tokens = positions.shape[0]
-    out = np.empty((n_tokens, values.shape[1]), np.float32)
-    if values.size < _WORTH_THREADS:
-        for t in range(n_tokens):
-            weighted_sum_row(values, positions[t], weights[t], out[t])
-    else:
-        for t in prange(n_tokens):
-            weighted_sum_row(values, positions[t], weights[t], out[t])
-    return out
 
 
 def set_threads(n_threads: int) -> None:

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from edge_moe.kernels.ahead import Workers
-from edge_moe.kernels.blocks import FormatTag
+from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
 from edge_moe.kernels.simd import fetch_add, load
 
 WORTH_A_THREAD = 500_000  # operations; about 50 microseconds
+NUMBERS = TAGS["F32"]  # stands for the block format where a kernel has none
 
 _ARGUMENTS = (types.Opaque("edge_moe format"), types.int64)
 
@@ -119,3 +121,9 @@ def compiled_address(function: Any, fmt: FormatTag) -> int:
         address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
         _addresses[function, fmt] = address
     return address
+
+
+def run_units(function: Any, fmt: FormatTag, plan: Sequence[int], n_units: int, operations: int) -> None:
+    """Run a kernel on a plan of these numbers, with the threads that `set_threads` gave the calling Python thread."""
+    numbers = np.array(plan, np.int64)
+    launch(compiled_address(function, fmt), numbers.ctypes.data, n_units, operations, numba.get_num_threads())

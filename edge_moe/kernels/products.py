@@ -18,7 +18,7 @@ from edge_moe.kernels import product_units as units
 from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes, tiled_bytes
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import kernel
-from edge_moe.kernels.launch import SHARE_BYTES, compiled_address, launch
+from edge_moe.kernels.launch import SHARE_BYTES, compiled_address, launch, run_units
 from edge_moe.kernels.simd import address_of
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
@@ -231,11 +231,6 @@ def grouped_linear(
     return out
 
 
-def _run(function, fmt: BlockFormat, plan: list[int], n_units: int, operations: int) -> None:
-    numbers = np.array(plan, np.int64)
-    launch(compiled_address(function, TAGS[fmt.name]), numbers.ctypes.data, n_units, operations, get_num_threads())
-
-
 def grouped_linear_transposed(
     x: np.ndarray,
     offsets: np.ndarray,
@@ -260,7 +255,7 @@ def grouped_linear_transposed(
     for place, begin, end in zip(places, bounds, bounds[1:], strict=False):
         plan += (place, n_rows, begin, end, out.ctypes.data, 0, 0, 0, 0)
     n_units = len(places) * -(-n_cols // units.CHUNK_COLUMNS)
-    _run(units.transposed_units, fmt, plan, n_units, 2 * x.size * n_cols)
+    run_units(units.transposed_units, TAGS[fmt.name], plan, n_units, 2 * x.size * n_cols)
     return out
 
 
@@ -273,5 +268,5 @@ def decode_rows(fmt: BlockFormat, address: int, row_ids: np.ndarray, n_cols: int
     out = np.empty((row_ids.size, n_cols), np.float32)
     plan = [0, 1, n_cols, fmt.row_bytes(n_cols), 0, row_ids.ctypes.data, 0, 0]
     plan += (index(address), 0, 0, row_ids.size, out.ctypes.data, 0, 0, 0, 0)
-    _run(units.decode_units, fmt, plan, row_ids.size, out.size)
+    run_units(units.decode_units, TAGS[fmt.name], plan, row_ids.size, out.size)
     return out

@@ -82,23 +82,6 @@ def route_row(logits, bias, sigmoid, groups, norm, scale, scratch, ids, weights)
 
 
 @kernel
-def route(logits, bias, sigmoid, n_group, topk_group, group_score_experts, top_k, norm, scale):
-    """Choose experts. logits f32[T,E], bias f32[E] -> expert ids i64[T,K], weights f32[T,K].
-
-    The bias takes part in the choice only, never in the weight. Source: DeepSeek-V2 (arXiv 2405.04434) section 2.2.2,
-    DeepSeek-V3 (arXiv 2412.19437) equations 12 to 16.
-    """
-    n_tokens, n_experts = logits.shape
-    ids = np.empty((n_tokens, top_k), np.int64)
-    weights = np.empty((n_tokens, top_k), np.float32)
-    scratch = np.empty((2, n_experts), np.float32)
-    groups = n_group, topk_group, group_score_experts
-    for t in range(n_tokens):
-        route_row(logits[t], bias, sigmoid, groups, norm, scale, scratch, ids[t], weights[t])
-    return ids, weights
-
-
-@kernel
 def group_by_expert(ids, n_experts):
     """Sort (token, choice) pairs by expert.
 
