@@ -70,7 +70,11 @@ FLAT_SUM = 16 * 255 // MAX_HIGH  # where a chunk's probabilities are so many tim
 MAX_ROPE_KEY = 4095  # a sum of products with queries must stay within 32 bits
 
 
-class CodeFormat(FormatTag):
+class QuadsFormat(FormatTag):
+    """Latents as whole numbers; the contexts that they add to are f32 [rank / 4][HEADS][4]."""
+
+
+class CodeFormat(QuadsFormat):
     """Latents in 8 bits, in blocks of 16 tokens."""
 
 
@@ -443,41 +447,31 @@ def add_values(codes, block_bytes, n_blocks, weights, in_one_byte, ahead, contex
         tile_accumulate_quads(context + 16 * HEADS, second_tile(total), by_quads)
 
 
-@inline_kernel
-def join_quads(left, right, factors, rank, scratch):
-    """left = left times the first factors + right times the second: f32 [rank / 4][HEADS][4]; [2][16 heads]."""
-    store_by_quads(scratch, load(f32x16, factors))
-    store_by_quads(scratch + 16 * HEADS, load(f32x16, factors + 64))
-    for place in range(0, 16 * HEADS, 64):
-        old, new = load(f32x16, scratch + place), load(f32x16, scratch + 16 * HEADS + place)
-        for i in range(place, 16 * HEADS * _quads(rank), 16 * HEADS):
-            store(left + i, fma(load(f32x16, right + i), new, load(f32x16, left + i) * old))
-
-
-@inline_kernel
-def write_quads(contexts, factors, rank, n_heads, out, out_head):
-    """Each head's context times its factor -> f32[rank] at `out`, `out_head` bytes from one to the next."""
-    for h in range(n_heads):
-        factor, context = load(types.float32, factors + 4 * h), contexts + 16 * h
-        for i in range(0, rank & ~3, 4):
-            store(out + h * out_head + 4 * i, load(f32x4, context + 4 * HEADS * i) * factor)
-        for i in range(rank & ~3, rank):
-            value = load(types.float32, context + 4 * HEADS * (i & ~3) + 4 * (i % 4))
-            store(out + h * out_head + 4 * i, value * factor)
-
-
-@kernel_method(CodeFormat, "join_contexts")
+@kernel_method(QuadsFormat, "join_contexts")
 def _join_contexts(fmt, left, right, factors, rank, scratch):
     def join_contexts(fmt, left, right, factors, rank, scratch):
-        join_quads(left, right, factors, rank, scratch)
+        """left = left times the first factors + right times the second: f32 [rank / 4][HEADS][4]; [2][16 heads]."""
+        store_by_quads(scratch, load(f32x16, factors))
+        store_by_quads(scratch + 16 * HEADS, load(f32x16, factors + 64))
+        for place in range(0, 16 * HEADS, 64):
+            old, new = load(f32x16, scratch + place), load(f32x16, scratch + 16 * HEADS + place)
+            for i in range(place, 16 * HEADS * _quads(rank), 16 * HEADS):
+                store(left + i, fma(load(f32x16, right + i), new, load(f32x16, left + i) * old))
 
     return join_contexts
 
 
-@kernel_method(CodeFormat, "write_contexts")
+@kernel_method(QuadsFormat, "write_contexts")
 def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
     def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
-        write_quads(contexts, factors, rank, n_heads, out, out_head)
+        """Each head's context times its factor -> f32[rank] at `out`, `out_head` bytes from one to the next."""
+        for h in range(n_heads):
+            factor, context = load(types.float32, factors + 4 * h), contexts + 16 * h
+            for i in range(0, rank & ~3, 4):
+                store(out + h * out_head + 4 * i, load(f32x4, context + 4 * HEADS * i) * factor)
+            for i in range(rank & ~3, rank):
+                value = load(types.float32, context + 4 * HEADS * (i & ~3) + 4 * (i % 4))
+                store(out + h * out_head + 4 * i, value * factor)
 
     return write_contexts
 

@@ -14,12 +14,12 @@ from numba.extending import models, register_model
 
 from edge_moe.kernels.attention_codes import (
     BLOCK_TOKENS,
+    QuadsFormat,
     add_rope_scores,
     add_values,
     clear_behind,
     decode_rope_keys,
     hide_behind,
-    join_quads,
     largest_of,
     rope_pairs,
     rope_query_bytes,
@@ -28,7 +28,6 @@ from edge_moe.kernels.attention_codes import (
     store_rope_key,
     store_rope_query,
     weigh_blocks,
-    write_quads,
 )
 from edge_moe.kernels.attention_rows import CHUNK_TOKENS, CONTEXT
 from edge_moe.kernels.attention_tiles import (
@@ -40,7 +39,6 @@ from edge_moe.kernels.attention_tiles import (
     tile_add_scores,
     tile_numbers,
 )
-from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.dots import SIGN_BIAS
 from edge_moe.kernels.functions import inverse_of
 from edge_moe.kernels.jit import inline_kernel, kernel_method
@@ -56,7 +54,7 @@ SCRATCH_BYTES = CHUNK_TOKENS // BLOCK_TOKENS * (128 + 64) + 64 + 16 * HEADS
 u8x16, u8x64 = Vector(types.uint8, 16), Vector(types.uint8, 64)
 
 
-class NibbleFormat(FormatTag):
+class NibbleFormat(QuadsFormat):
     """Latents in 4 bits, in blocks of 16 tokens."""
 
 
@@ -256,22 +254,6 @@ def _add_middles(scores, n_blocks, middles, context, rank, first, new, sums):
         for part in range(0, 16 * HEADS, 64):
             place = context + 16 * HEADS * i + part
             store(place, load(f32x16, place) + load(f32x16, sums + 64 + part))
-
-
-@kernel_method(NibbleFormat, "join_contexts")
-def _join_contexts(fmt, left, right, factors, rank, scratch):
-    def join_contexts(fmt, left, right, factors, rank, scratch):
-        join_quads(left, right, factors, rank, scratch)
-
-    return join_contexts
-
-
-@kernel_method(NibbleFormat, "write_contexts")
-def _write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
-    def write_contexts(fmt, contexts, factors, rank, n_heads, out, out_head):
-        write_quads(contexts, factors, rank, n_heads, out, out_head)
-
-    return write_contexts
 
 
 @kernel_method(NibbleFormat, "attend_chunk")
