@@ -356,7 +356,8 @@ def execute(args: argparse.Namespace) -> None:
         measure(log, tests, args.rounds, engines, pace, show)
     found = report(log, tests, traffic)
     rounds = max(entry["round"] for entry in log.entries)
-    title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {rounds} rounds"
+    how_often = f"{rounds} rounds" if rounds > 1 else "1 round"
+    title = f"{args.model.name}, {args.threads} threads, cache {args.kv or 'by default'}, {how_often}"
     if args.json:
         write_json({**setup, "rounds": rounds, **found})
     else:
