@@ -6,8 +6,8 @@ from edge_moe.config import KV_KINDS, DeepseekV2Config
 from edge_moe.errors import ShapeError
 from edge_moe.kernels import attention
 from edge_moe.kernels.attention import Step
-from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.hadamard import rotate_units, rotation_plan
+from edge_moe.kernels.launch import NUMBERS
 from edge_moe.token_cache import TokenCache, check_context_length, check_kind, run_steps
 
 
@@ -174,4 +174,4 @@ class LatentCache(TokenCache):
 def _rotation_step(source: np.ndarray, place: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
     plan = rotation_plan(source, place, before, after)
     n_rows, rank = source.shape[0] * source.shape[1], source.shape[2]
-    return Step(rotate_units, TAGS["F32"], plan, n_rows, n_rows * rank * (2 + rank.bit_length()))
+    return Step(rotate_units, NUMBERS, plan, n_rows, n_rows * rank * (2 + rank.bit_length()))

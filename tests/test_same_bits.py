@@ -10,7 +10,7 @@ import pytest
 from edge_moe.kernels import steps
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import kernel
-from edge_moe.kernels.launch import compiled_address, launch
+from edge_moe.kernels.launch import compiled_address, float_bits, launch
 from edge_moe.kernels.routing import route_row
 
 OUT, NEAR = 20000, 600  # where the output lies in memory, and how far on both sides others are moved to
@@ -47,7 +47,7 @@ def results(call, arrays, n_out):
 def test_norm(n):
     rng = np.random.default_rng(n)
     arrays = [rng.standard_normal(n).astype(np.float32) for _ in range(2)]
-    eps = steps.float_bits(1e-5)
+    eps = float_bits(1e-5)
 
     def norm(addresses, out):
         run(steps.norm_units, [0, 1, n, *addresses, eps, out])

@@ -21,9 +21,9 @@ from edge_moe.kernels import steps
 from edge_moe.kernels.activations import QUANTIZE_ROWS, quantize_units, record_bytes
 from edge_moe.kernels.attention import Step
 from edge_moe.kernels.blocks import TAGS, FormatTag
-from edge_moe.kernels.launch import NUMBERS, SHARE_BYTES, compiled_address
+from edge_moe.kernels.launch import NUMBERS, SHARE_BYTES, compiled_address, float_bits
 from edge_moe.kernels.program import STEP_FIELDS, run_program, sleep_function
-from edge_moe.kernels.steps import VALUE_OPERATIONS, float_bits
+from edge_moe.kernels.steps import VALUE_OPERATIONS
 from edge_moe.kv_cache import KvCache
 from edge_moe.latent_cache import LatentCache
 from edge_moe.token_cache import TokenCache

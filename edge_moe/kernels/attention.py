@@ -24,7 +24,7 @@ from edge_moe.kernels.attention_tiles import HEADS
 from edge_moe.kernels.blocks import TAGS, FormatTag
 from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
-from edge_moe.kernels.launch import first_of_unit
+from edge_moe.kernels.launch import first_of_unit, float_bits
 from edge_moe.kernels.simd import address_of, f32x16, fetch_add, fma, larger, load, splat, store
 
 # How latents are kept, by name.
@@ -291,7 +291,7 @@ def attention_steps(
     queries = (scratch.ctypes.data + 63) & ~63
     plan = np.zeros(N_FIELDS, np.int64)
     plan[[N_TOKENS, N_HEADS, RANK, ROPE, LENGTH, CACHE]] = n_tokens, n_heads, rank, rope, length, cache
-    plan[SCALE] = np.float64(scale * math.log2(math.e)).view(np.int64)
+    plan[SCALE] = float_bits(scale * math.log2(math.e))
     plan[SHARES] = get_num_threads()
     for field, array in ((C_KV, c_kv), (K_PE, k_pe), (Q_LATENT, q_latent), (Q_PE, q_pe), (OUT, out)):
         plan[field : field + array.ndim] = array.ctypes.data, *array.strides[:-1]

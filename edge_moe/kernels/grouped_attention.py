@@ -26,6 +26,7 @@ from edge_moe.kernels.blocks import FormatTag
 from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.grouped_formats import BLOCK, WHOLE, columns, token_bytes
 from edge_moe.kernels.jit import inline_kernel, kernel
+from edge_moe.kernels.launch import float_bits
 from edge_moe.kernels.simd import (
     address_of,
     call,
@@ -463,7 +464,7 @@ def attention_steps(
     plan = np.zeros(N_FIELDS, np.int64)
     plan[[N_TOKENS, N_HEADS, N_KV_HEADS, DIM]] = n_tokens, n_heads, n_kv_heads, dim
     plan[[LENGTH, CACHE, HEAD_BYTES, WINDOW, PART_TOKENS]] = length, cache, cache_head_bytes, window, part_tokens
-    plan[SCALE] = np.float64(scale * math.log2(math.e)).view(np.int64)
+    plan[SCALE] = float_bits(scale * math.log2(math.e))
     for field, array in ((Q, q), (K, k), (V, v), (OUT, out)):
         plan[field : field + 3] = array.ctypes.data, *array.strides[:2]
     plan[[QUERY_TILES, QUERY_BYTES]] = queries, query_bytes

@@ -7,6 +7,7 @@ a fixed order: results do not depend on the number of threads.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numba
@@ -83,6 +84,12 @@ def take_items(counts, home, n_finished, n_items, shares, least):
                 return front, min(front + size, back), n_finished
         n_finished += 1
     return n_items, n_items, n_finished
+
+
+@cache
+def float_bits(value: float) -> int:
+    """A number as the int64 with the bits of its f64, as plans hold it."""
+    return int(np.float64(value).view(np.int64))
 
 
 @parallel_kernel

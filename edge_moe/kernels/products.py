@@ -18,11 +18,10 @@ from edge_moe.kernels import product_units as units
 from edge_moe.kernels.activations import QUANTIZE_ROWS, interleave_units, quantize_units, record_bytes, tiled_bytes
 from edge_moe.kernels.blocks import TAGS
 from edge_moe.kernels.jit import kernel
-from edge_moe.kernels.launch import SHARE_BYTES, compiled_address, launch, run_units
+from edge_moe.kernels.launch import NUMBERS, SHARE_BYTES, compiled_address, launch, run_units
 from edge_moe.kernels.simd import address_of
 from edge_moe.kernels.tiles import TILE_ROWS, TILE_TOKENS
 
-FLOATS = TAGS["F32"]  # stands for the format where a kernel has none
 EVERY_ROW = np.empty(0, np.int64)
 FINE_TOKENS, FINE_NUMBERS = 64, 1 << 23  # at a time, where results are many: both terms are in memory
 
@@ -138,8 +137,8 @@ def _multiply_groups(codes, group, x, rows, offsets, addresses, n_rows, row_byte
 def _kernels(fmt: BlockFormat) -> tuple[tuple[int, int, int], int]:
     """Machine code of a format's product, of quantizing and interleaving, by address; and its group of activations."""
     group = fmt.activation_group
-    quantize = compiled_address(quantize_units, FLOATS) if group else 0
-    interleave = compiled_address(interleave_units, FLOATS)
+    quantize = compiled_address(quantize_units, NUMBERS) if group else 0
+    interleave = compiled_address(interleave_units, NUMBERS)
     return (compiled_address(units.product_units, TAGS[fmt.name]), quantize, interleave), group
 
 

@@ -5,7 +5,6 @@ it is called from here, a row or token a unit. A plan is int64[]: field 0 counts
 and addresses; floats are given by their f64 bits.
 """
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from edge_moe.errors import ShapeError
 from edge_moe.kernels.activations import quantize_row
 from edge_moe.kernels.elementwise import rms_norm_row, rope_row, silu_multiply_row, weighted_sum_row
 from edge_moe.kernels.jit import inline_kernel, kernel
-from edge_moe.kernels.launch import NUMBERS, run_units
+from edge_moe.kernels.launch import NUMBERS, float_bits, run_units
 from edge_moe.kernels.routing import route_row
 from edge_moe.kernels.simd import address_of, fetch_add, load
 
@@ -24,12 +23,6 @@ VALUE_OPERATIONS = 8  # what a value costs beside a multiplication, where there 
 UNIT_VALUES = 4096  # taken at a time: threads that count rows of a few hundred would wait for the counter
 
 _FLOATS, _INTEGERS = types.CPointer(types.float32), types.CPointer(types.int64)
-
-
-@cache
-def float_bits(value: float) -> int:
-    """A number as the int64 with the bits of its f64."""
-    return int(np.float64(value).view(np.int64))
 
 
 @intrinsic
@@ -154,12 +147,12 @@ def gated_units(fmt, plan):
     n_rows, n_cols, records, stride = _number(plan, 1), _number(plan, 6), _number(plan, 4), _number(plan, 5)
     memory = np.empty((2, n_cols), np.float32)
     x, rest = address_of(memory), address_of(memory) + 4 * n_cols
+    gate, up = _floats(_number(plan, 2), (n_rows, n_cols)), _floats(_number(plan, 3), (n_rows, n_cols))
     while True:
         i = fetch_add(plan, 1)
         if i >= n_rows:
             return memory.size  # the memory must live until here
-        gate = _floats(_number(plan, 2) + 4 * i * n_cols, n_cols)
-        silu_multiply_row(gate, _floats(_number(plan, 3) + 4 * i * n_cols, n_cols), memory[0])
+        silu_multiply_row(gate[i], up[i], memory[0])
         rest_record = records + (n_rows + i) * stride if _number(plan, 8) else types.int64(0)
         quantize_row(x, records + i * stride, rest_record, rest, n_cols, _number(plan, 7))
 
