@@ -18,13 +18,15 @@ from numba import prange, types
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config import LlamaConfig
 from edge_moe.kernels.elementwise import set_threads
-from edge_moe.kernels.fetches import prefetch_once
+from edge_moe.kernels.fetches import NEAR_BYTES, prefetch, prefetch_once
 from edge_moe.kernels.jit import parallel_kernel
 from edge_moe.kernels.simd import address_of, i32x16, load, splat, store
 
 MEMORY, PAGES = "memory", "the file's pages"
 READ_BYTES = 1 << 30  # read at a time: far more than any cache
-READ_AHEAD = 4096
+# Where lines are asked for again shortly before, as products do, reading is a fifth faster: then 2,048 to 4,096 bytes
+# ahead, and 512 to 2,048, are equally good.
+READ_AHEAD, READ_NEAR = (3072, 1024) if NEAR_BYTES else (4096, 0)
 TOKENS_AT_ONCE = 4  # between reads; as long as these take
 
 
@@ -44,6 +46,9 @@ def sum_words(words, n_parts):
             place = first + 256 * line
             for i in range(READ_AHEAD, READ_AHEAD + 256, 64):
                 prefetch_once(place + i)
+            if READ_NEAR:
+                for i in range(READ_NEAR, READ_NEAR + 256, 64):
+                    prefetch(place + i)
             a, b = a + load(i32x16, place), b + load(i32x16, place + 64)
             c, d = c + load(i32x16, place + 128), d + load(i32x16, place + 192)
         store(out + 64 * p, (a + b) + (c + d))

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from edge_moe.kernels import panels, short_rows  # noqa: F401 (their methods of the formats)
-from edge_moe.kernels.fetches import FAR_BYTES, fetch_pages, prefetch_far
+from edge_moe.kernels.fetches import FAR_BYTES, prefetch_far
 from edge_moe.kernels.jit import inline_kernel, kernel, spliced_kernel
 from edge_moe.kernels.launch import take_items
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
@@ -62,7 +62,6 @@ def _few_tokens(fmt, plan, group, row, row_end, ahead, scratch):
             return
     for r in range(row, row_end, ROWS_AT_ONCE):
         n = min(row_end - r, ROWS_AT_ONCE)
-        fetch_pages(address + ahead, ROWS_AT_ONCE * row_bytes)
         for m in range(begin, end):
             x = load(types.int64, tokens + 8 * m)
             sums = fmt.sums_of_rows(address, row_bytes, n, x, n_cols, address + ahead, scratch)
@@ -150,6 +149,8 @@ def _units_of_rows(fmt, plan, n_rows, scratch):
                     _fetch_inputs(fmt, plan, ahead_group)
                 end = min(end, row + field(ahead_group, ROWS_END) - ahead)
                 distance = _matrix(ahead_group) + (ahead - ahead_begin) * row_bytes - address
+                if distance == row_bytes:  # behind this row, which may be a long one
+                    distance = min(distance, types.int64(FAR_BYTES))
             _few_tokens(fmt, plan, group, row - rows_begin, end - rows_begin, distance, scratch)
             row = end
         row = following

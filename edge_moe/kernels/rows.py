@@ -10,7 +10,7 @@ from numba import types
 from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset, words_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
-from edge_moe.kernels.fetches import fetcher, prefetch
+from edge_moe.kernels.fetches import fetcher, fetchers, prefetch
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method, kernel_method
@@ -27,6 +27,7 @@ from edge_moe.kernels.simd import (
     i8x64,
     i16x32,
     i32x16,
+    in_turn,
     join,
     load,
     low_half,
@@ -58,15 +59,19 @@ _first_16 = picker(range(16))
 
 @inlined_method(FloatFormat, "row_total")
 def _float_row_total(fmt, row, x, n_cols, ahead):
-    size, fetch = fmt.block_bytes, fetcher(0, 64 * fmt.block_bytes)
+    size = fmt.block_bytes
+    fetch_0, fetch_1, fetch_2, fetch_3 = fetchers(64 * size, 4)
 
     def row_total(fmt, row, x, n_cols, ahead):
         a = b = c = d = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols - 63, 64):
-            fetch(ahead + i * size, row + i * size)
+            fetch_0(ahead + i * size, row + i * size)
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
+            fetch_1(ahead + i * size, row + i * size)
             b = fma(fmt.load(row + (i + 16) * size), load(f32x16, x + 4 * i + 64), b)
+            fetch_2(ahead + i * size, row + i * size)
             c = fma(fmt.load(row + (i + 32) * size), load(f32x16, x + 4 * i + 128), c)
+            fetch_3(ahead + i * size, row + i * size)
             d = fma(fmt.load(row + (i + 48) * size), load(f32x16, x + 4 * i + 192), d)
         for i in range(n_cols & ~63, n_cols & ~15, 16):
             a = fma(fmt.load(row + i * size), load(f32x16, x + 4 * i), a)
@@ -184,15 +189,27 @@ def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
     return row_totals_of_two
 
 
-@inline_kernel
-def _superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3):
-    """A superblock times 256 columns with its scales, of each chunk i16x32, without its minimums."""
-    total = splat(i32x16, types.int32(0))
-    total = add_scaled_dot(fmt, total, fmt.codes(block, 0), load(i8x64, x), scales_0)
-    total = add_scaled_dot(fmt, total, fmt.codes(block, 1), load(i8x64, x + 64), scales_1)
-    total = add_scaled_dot(fmt, total, fmt.codes(block, 2), load(i8x64, x + 128), scales_2)
-    total = add_scaled_dot(fmt, total, fmt.codes(block, 3), load(i8x64, x + 192), scales_3)
-    return convert(f32x16, total)
+@inlined_method(SuperblockFormat, "superblock_dot")
+def _superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3, ahead):
+    fetch_0, fetch_1, fetch_2, fetch_3 = fetchers(fmt.block_bytes, 4)
+
+    def superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3, ahead):
+        """A superblock times 256 columns with its scales, of each chunk i16x32: f32x16, without its minimums.
+
+        As much is fetched from `ahead` on.
+        """
+        total = splat(i32x16, types.int32(0))
+        fetch_0(ahead, block)
+        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 0), load(i8x64, x), scales_0))
+        fetch_1(ahead, block)
+        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 1), load(i8x64, x + 64), scales_1))
+        fetch_2(ahead, block)
+        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 2), load(i8x64, x + 128), scales_2))
+        fetch_3(ahead, block)
+        total = add_scaled_dot(fmt, total, fmt.codes(block, 3), load(i8x64, x + 192), scales_3)
+        return convert(f32x16, total)
+
+    return superblock_dot
 
 
 @kernel_method(SuperblockFormat, "factors_of_two")
@@ -211,7 +228,7 @@ def _factors_of_two(fmt, a, b):
 
 @inlined_method(SuperblockFormat, "narrow_row_total")
 def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
-    size, has_minimum, fetch = fmt.block_bytes, fmt.has_minimum, fetcher(0, 2 * fmt.block_bytes)
+    size, has_minimum = fmt.block_bytes, fmt.has_minimum
 
     def narrow_row_total(fmt, row, x, n_cols, ahead):
         """Two superblocks at a time; what a row's end lacks is its last once more, times a scale of zero."""
@@ -222,11 +239,11 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
         for i in range(0, n_blocks, 2):
             a = row + i * size
             b, x_b = min(a + size, last), min(x + 256 * i + 256, last_x)
-            fetch(ahead + i * size, a)
             s, m = fmt.scales_of_two(a, b)
             factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
-            first = _superblock_dot(fmt, a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s))
-            second = _superblock_dot(fmt, b, x_b, _b_0(s), _b_1(s), _b_2(s), _b_3(s))
+            later = ahead + i * size
+            first = fmt.superblock_dot(a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s), later)
+            second = fmt.superblock_dot(b, x_b, _b_0(s), _b_1(s), _b_2(s), _b_3(s), later + size)
             even = fma(first, _first_to_all(factors), even)
             odd = fma(second, _third_to_all(factors), odd)
             if has_minimum:

@@ -15,7 +15,6 @@ from edge_moe.kernels.activations import (
     words_offset,
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
-from edge_moe.kernels.fetches import fetch_pages, fetcher
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import kernel_method
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
@@ -35,17 +34,14 @@ def _columns(fmt: FormatTag) -> int:
 @kernel_method(BlockFormat, "multiply_run")
 def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 4 * fmt.block_bytes
-    fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
         """n_rows rows of four blocks times one token's record -> f32[n_rows] at `out`."""
         words, scales, sums = x + words_offset(n_cols), x + scales_offset(n_cols), x + sums_offset(n_cols, 32)
         none, last = splat(f32x16, types.float32(0.0)), row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):
-            fetch_pages(ahead, ROWS_AT_ONCE * row_bytes)
-            fetch(ahead, row)
             b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
-            totals, minimums = fmt.add_words(row, b, c, d, words, scales, sums, none, none)
+            totals, minimums = fmt.add_words(row, b, c, d, words, scales, sums, none, none, ahead, row)
             store_sums(out + 4 * r, fmt.rows_of_words(totals, minimums), n_rows - r)
             row += ROWS_AT_ONCE * row_bytes
             ahead += ROWS_AT_ONCE * row_bytes
@@ -56,7 +52,6 @@ def _multiply_run_of_blocks(fmt, row, n_rows, x, ahead, out):
 @kernel_method(SuperblockFormat, "multiply_run")
 def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
     n_cols, row_bytes = _columns(fmt), 2 * fmt.block_bytes
-    fetch = fetcher(0, ROWS_AT_ONCE * row_bytes)
 
     def multiply_run(fmt, row, n_rows, x, ahead, out):
         """n_rows rows of two superblocks times one token's record -> f32[n_rows] at `out`."""
@@ -65,11 +60,9 @@ def _multiply_run_of_superblocks(fmt, row, n_rows, x, ahead, out):
         x_scales, x_sums = join(two_scales, two_scales), hidden(join(two_sums, two_sums))
         last = row + (n_rows - 1) * row_bytes
         for r in range(0, n_rows, ROWS_AT_ONCE):
-            fetch_pages(ahead, ROWS_AT_ONCE * row_bytes)
-            fetch(ahead, row)
             b, c, d = min(row + row_bytes, last), min(row + 2 * row_bytes, last), min(row + 3 * row_bytes, last)
-            total_a, total_b, low = fmt.wide_totals_of_two(row, b, codes, x_scales, x_sums)
-            total_c, total_d, high = fmt.wide_totals_of_two(c, d, codes, x_scales, x_sums)
+            total_a, total_b, low = fmt.wide_totals_of_two(row, b, codes, x_scales, x_sums, ahead)
+            total_c, total_d, high = fmt.wide_totals_of_two(c, d, codes, x_scales, x_sums, ahead + 2 * row_bytes)
             minimums = join(low, high)
             totals = quarters(total_a, total_b, total_c, total_d) - (_even_32(minimums) + _odd_32(minimums))
             store_sums(out + 4 * r, quarter_sums(totals), n_rows - r)

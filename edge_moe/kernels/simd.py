@@ -211,6 +211,27 @@ def hidden(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def in_turn(typingctx: Any, value: Any) -> Any:
+    """The same vector, made between what is asked for in the text before and behind it.
+
+    LLVM knows no order between requests for cache lines and arithmetic, and collects them at the end of a loop.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not TARGET.is_x86:
+            return args[0]
+        own = min(value.lanes, 8 * TARGET.register_bytes // value.element.bitwidth)  # lanes of its first register
+        first = args[0] if own == value.lanes else rearrange(builder, args[0], range(own))
+        made = builder.asm(ir.FunctionType(first.type, [first.type]), "", "=v,0", [first], side_effect=True)
+        if own == value.lanes:
+            return made
+        made = rearrange(builder, made, [i % own for i in range(value.lanes)])
+        return rearrange(builder, made, [i if i < own else value.lanes + i for i in range(value.lanes)], args[0])
+
+    return value(value), codegen
+
+
+@intrinsic
 def view(typingctx: Any, kind: Any, value: Any) -> Any:
     """view(u16x32, v): the same bits as another type."""
     result = kind.instance_type

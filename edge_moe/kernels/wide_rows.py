@@ -17,7 +17,7 @@ from edge_moe.kernels.activations import (
 )
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.dots import add_dot, packed_sums, pair_dot
-from edge_moe.kernels.fetches import fetcher
+from edge_moe.kernels.fetches import fetchers
 from edge_moe.kernels.file_numbers import from_half
 from edge_moe.kernels.folds import quarter_sums
 from edge_moe.kernels.jit import inline_kernel, inlined_method
@@ -32,6 +32,7 @@ from edge_moe.kernels.simd import (
     i8x64,
     i16x32,
     i32x16,
+    in_turn,
     join,
     load,
     picker,
@@ -65,13 +66,21 @@ _a, _b, _c, _d = (widener([16 * s + group for group in _of_sums]) for s in range
 
 
 @inlined_method(SuperblockFormat, "wide_sums_of_one")
-def _wide_sums_of_one(fmt, block, x, scales):
-    def wide_sums_of_one(fmt, block, x, scales):
+def _wide_sums_of_one(fmt, block, x, scales, ahead):
+    fetch_0, fetch_1, fetch_2, fetch_3 = fetchers(fmt.block_bytes, 4)
+
+    def wide_sums_of_one(fmt, block, x, scales, ahead):
         """A superblock times 256 columns, with scales i16x32 of its sums: f32x16, without its minimums."""
         none = splat(i32x16, types.int32(0))
+        fetch_0(ahead, block)
         c_0, c_1, c_2, c_3 = fmt.nibble_codes(block)
-        low = add_dot(add_dot(none, c_0, load(i8x64, x)), c_1, load(i8x64, x + 64))
-        high = add_dot(add_dot(none, c_2, load(i8x64, x + 128)), c_3, load(i8x64, x + 192))
+        low = in_turn(add_dot(none, c_0, load(i8x64, x)))
+        fetch_1(ahead, block)
+        low = in_turn(add_dot(low, c_1, load(i8x64, x + 64)))
+        fetch_2(ahead, block)
+        high = in_turn(add_dot(none, c_2, load(i8x64, x + 128)))
+        fetch_3(ahead, block)
+        high = add_dot(high, c_3, load(i8x64, x + 192))
         return convert(f32x16, pair_dot(packed_sums(low, high), scales))
 
     return wide_sums_of_one
@@ -80,24 +89,18 @@ def _wide_sums_of_one(fmt, block, x, scales):
 @inlined_method(SuperblockFormat, "add_four")
 def _add_four(fmt, block, x, x_scales, sums, ahead, even, odd, minimums):
     size = fmt.block_bytes
-    # between the superblocks: Intel's CPUs would wait for some of more at once
-    fetch_0, fetch_1, fetch_2, fetch_3 = (fetcher(k * size, (k + 1) * size) for k in range(4))
 
     def add_four(fmt, block, x, x_scales, sums, ahead, even, odd, minimums):
         """Partial sums f32x16 plus four superblocks times what a record has of as many; even and odd ones, minimums."""
         scales = fmt.scales_of_four(block)
         factors = hidden(fmt.factors_of_four(block, load(f32x8, x_scales)))
-        fetch_0(ahead, block)
-        total = fmt.wide_sums_of_one(block, x, _a(scales))
+        total = fmt.wide_sums_of_one(block, x, _a(scales), ahead)
         even = hidden(fma(total, _d_0(factors), even))
-        fetch_1(ahead, block)
-        total = fmt.wide_sums_of_one(block + size, x + 256, _b(scales))
+        total = fmt.wide_sums_of_one(block + size, x + 256, _b(scales), ahead + size)
         odd = hidden(fma(total, _d_1(factors), odd))
-        fetch_2(ahead, block)
-        total = fmt.wide_sums_of_one(block + 2 * size, x + 512, _c(scales))
+        total = fmt.wide_sums_of_one(block + 2 * size, x + 512, _c(scales), ahead + 2 * size)
         even = hidden(fma(total, _d_2(factors), even))
-        fetch_3(ahead, block)
-        total = fmt.wide_sums_of_one(block + 3 * size, x + 768, _d(scales))
+        total = fmt.wide_sums_of_one(block + 3 * size, x + 768, _d(scales), ahead + 3 * size)
         odd = fma(total, _d_3(factors), odd)
         weighted = pair_dot(_minimums(scales), load(i16x32, sums))
         return even, odd, fma(convert(f32x16, weighted), _four_dmins(factors), minimums)
@@ -128,21 +131,21 @@ def _superblock_wide_row_total(fmt, row, x, n_cols, ahead):
 
 
 @inlined_method(SuperblockFormat, "wide_totals_of_two")
-def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+def _wide_totals_of_two(fmt, a, b, x, x_scales, x_sums, ahead):
     size = fmt.block_bytes
 
-    def wide_totals_of_two(fmt, a, b, x, x_scales, x_sums):
+    def wide_totals_of_two(fmt, a, b, x, x_scales, x_sums, ahead):
         """Of two rows of two superblocks f32x16 each, without their minimums; and those f32x16, 8 lanes for each row.
 
         x: codes in the order of nibbles; x_scales: f32x8, x_sums: i16x32, what a record has of two blocks, each twice.
         """
         scales = fmt.scales_of_two_pairs(a, b)
         factors = hidden(fmt.factors_of_two_pairs(a, b, x_scales))
-        first = fmt.wide_sums_of_one(a, x, _a(scales)) * _d_0(factors)
-        second = fmt.wide_sums_of_one(a + size, x + 256, _b(scales))
+        first = fmt.wide_sums_of_one(a, x, _a(scales), ahead) * _d_0(factors)
+        second = fmt.wide_sums_of_one(a + size, x + 256, _b(scales), ahead + size)
         total_a = fma(second, _d_1(factors), first)
-        first = fmt.wide_sums_of_one(b, x, _c(scales)) * _d_2(factors)
-        second = fmt.wide_sums_of_one(b + size, x + 256, _d(scales))
+        first = fmt.wide_sums_of_one(b, x, _c(scales), ahead + 2 * size) * _d_2(factors)
+        second = fmt.wide_sums_of_one(b + size, x + 256, _d(scales), ahead + 3 * size)
         total_b = fma(second, _d_3(factors), first)
         weighted = pair_dot(_minimums(scales), x_sums)
         return total_a, total_b, convert(f32x16, weighted) * _four_dmins(factors)
@@ -162,23 +165,33 @@ def _in_all_parts(kind, address):
 
 
 @inlined_method(BlockFormat, "add_words")
-def _add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums):
+def _add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums, ahead, here):
     has_minimum = fmt.offset is None
+    fetch_0, fetch_1, fetch_2, fetch_3, fetch_4, fetch_5, fetch_6, fetch_7 = fetchers(16 * fmt.block_bytes, 8)
 
-    def add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums):
+    def add_words(fmt, a, b, c, d, words, x_scales, x_sums, totals, minimums, ahead, here):
         """Partial sums f32x16 plus four blocks of four rows times what a record has of 128 columns; a lane is a block.
 
-        Minimums, or factors of what all codes are too large by, times the columns' sums are apart.
+        Minimums, or factors of what all codes are too large by, times the columns' sums are apart. As many blocks are
+        fetched from `ahead` on.
         """
         (c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7), own, lowest = fmt.words_of_rows(a, b, c, d)
         none = splat(i32x16, types.int32(0))
-        even = add_dot(none, c_0, _in_all_parts(i8x16, words))
-        odd = add_dot(none, c_1, _in_all_parts(i8x16, words + 16))
-        even = add_dot(even, c_2, _in_all_parts(i8x16, words + 32))
-        odd = add_dot(odd, c_3, _in_all_parts(i8x16, words + 48))
-        even = add_dot(even, c_4, _in_all_parts(i8x16, words + 64))
-        odd = add_dot(odd, c_5, _in_all_parts(i8x16, words + 80))
-        even = add_dot(even, c_6, _in_all_parts(i8x16, words + 96))
+        fetch_0(ahead, here)
+        even = in_turn(add_dot(none, c_0, _in_all_parts(i8x16, words)))
+        fetch_1(ahead, here)
+        odd = in_turn(add_dot(none, c_1, _in_all_parts(i8x16, words + 16)))
+        fetch_2(ahead, here)
+        even = in_turn(add_dot(even, c_2, _in_all_parts(i8x16, words + 32)))
+        fetch_3(ahead, here)
+        odd = in_turn(add_dot(odd, c_3, _in_all_parts(i8x16, words + 48)))
+        fetch_4(ahead, here)
+        even = in_turn(add_dot(even, c_4, _in_all_parts(i8x16, words + 64)))
+        fetch_5(ahead, here)
+        odd = in_turn(add_dot(odd, c_5, _in_all_parts(i8x16, words + 80)))
+        fetch_6(ahead, here)
+        even = in_turn(add_dot(even, c_6, _in_all_parts(i8x16, words + 96)))
+        fetch_7(ahead, here)
         odd = add_dot(odd, c_7, _in_all_parts(i8x16, words + 112))
         factors = from_half(own)
         totals = fma(convert(f32x16, even + odd), factors * _in_all_parts(f32x4, x_scales), totals)
@@ -201,7 +214,7 @@ def _rows_of_words(fmt, totals, minimums):
 
 @inlined_method(BlockFormat, "wide_sums")
 def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
-    size, fetch = fmt.block_bytes, fetcher(0, 16 * fmt.block_bytes)
+    size = fmt.block_bytes
 
     def wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         """Up to four rows of a number of blocks that is a multiple of four: f32x4."""
@@ -211,9 +224,18 @@ def _block_wide_sums(fmt, row, row_bytes, n_rows, x, n_cols, ahead):
         totals = minimums = splat(f32x16, types.float32(0.0))
         for i in range(0, n_cols // 32, 4):
             at = i * size
-            fetch(ahead + 4 * at, d + 4 * at)
             totals, minimums = fmt.add_words(
-                row + at, b + at, c + at, d + at, words + 32 * i, scales + 4 * i, sums + 4 * i, totals, minimums
+                row + at,
+                b + at,
+                c + at,
+                d + at,
+                words + 32 * i,
+                scales + 4 * i,
+                sums + 4 * i,
+                totals,
+                minimums,
+                ahead + 1024 + 4 * at,  # farther, as what is read lies in four places
+                c + 4 * at,
             )
         return fmt.rows_of_words(totals, minimums)
 
