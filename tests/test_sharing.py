@@ -154,6 +154,7 @@ for threads in (1, 2):
     assert far.sum() < LINES
     print(np.flatnonzero(far[: end // 64] == 0).tolist())
     if threads == 1 and fetches.NEAR_BYTES:
+        assert near.sum() < LINES
         near[: (4 * row_bytes + fetches.NEAR_BYTES) // 64] = 1
         print(np.flatnonzero(near[: end // 64] == 0).tolist())
         print([each for each in widest.tolist() if not 0 < each <= fetches.FAR_BYTES - fetches.NEAR_BYTES + 1024])
