@@ -56,10 +56,28 @@ os._exit(0)
 """
 
 
-def run(tmp_path: Path, script: str, **settings: str) -> list[str]:
+LATE = """
+import os
+from contextlib import suppress
+import tempfile
+folder = tempfile.mkdtemp()
+Path(folder, "job").touch()
+rmdir = os.rmdir
+def claim_and_remove(path, **where):
+    print(ahead._claim(Path(folder), "late"), flush=True)
+    with suppress(OSError):
+        rmdir(path, **where)
+    print(*Path(folder).parent.glob(f"{Path(folder).name}*"), flush=True)
+os.rmdir = claim_and_remove
+ahead._end_with_parent(folder)
+"""
+
+
+def run(tmp_path: Path, script: str, returncode: int = 0, **settings: str) -> list[str]:
     env = os.environ | {"EDGE_MOE_CACHE_DIR": str(tmp_path)} | settings
-    done = subprocess.run([sys.executable, "-c", BEGIN + script], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", BEGIN + script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == returncode, done.stderr
     return done.stdout.splitlines()
 
 
@@ -89,7 +107,12 @@ def test_a_worker_ends_with_its_parent(tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail(f"process {pid} goes on without its parent")
-    assert not Path(folder).exists()
+    assert not list(Path(folder).parent.glob(f"{Path(folder).name}*"))
+
+
+def test_nothing_is_claimed_in_a_folder_that_is_being_removed(tmp_path):
+    """A file made between the emptying and the removal would leave the folder for good."""
+    assert run(tmp_path, LATE, returncode=1) == ["False", ""]
 
 
 @pytest.mark.parametrize(("folder", "attends"), [("golden", True), ("golden_llama", False)])

@@ -100,13 +100,16 @@ def _claim(folder: Path, name: str) -> bool:
 
 def _end_with_parent(folder: str) -> None:
     sys.stdin.buffer.read()  # it ends when the process that holds the other end does
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another worker was first
+        # Under another name, so that nobody claims anything in a folder that is being emptied.
+        shutil.rmtree(Path(folder).rename(f"{folder}-ended"))
     os._exit(1)
 
 
 def main(folder: str, *names: str) -> None:
     """What a worker does: the jobs that nobody has claimed."""
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    end = threading.Thread(target=_end_with_parent, args=(folder,), daemon=True)
+    end.start()
     for name in names:
         if _claim(Path(folder), name):
             module_name, function, format_name = name.split("-")
@@ -114,7 +117,10 @@ def main(folder: str, *names: str) -> None:
             tags = [*TAGS.values(), *getattr(module, "FORMATS", {}).values()]
             tag = next(each for each in tags if each.format_name == format_name)
             getattr(module, function).compile((tag, types.int64))
-            (Path(folder) / f"{name}.done").touch()
+            with suppress(FileNotFoundError):
+                (Path(folder) / f"{name}.done").touch()
+    if not Path(folder).exists():  # the thread removes it
+        end.join()
 
 
 if __name__ == "__main__":
