@@ -7,6 +7,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from edge_moe.backends.recorder import Program, Recorder
 from edge_moe.errors import ShapeError
 from edge_moe.kernels.activations import quantize_units
 from edge_moe.kernels.blocks import TAGS
+from edge_moe.kernels.elementwise import set_threads
 from edge_moe.kernels.launch import compiled_address, launch
 from edge_moe.kernels.steps import gated_units
 from edge_moe.models.deepseek2 import DeepseekV2, load_weights
@@ -113,6 +115,26 @@ def test_a_pass_that_computes_by_itself_is_noticed():
     program = Program(compute, cache, 1)
     wrong = [program.run(i, 0) for i in (1, 2)]
     assert np.array_equal(wrong[0], wrong[1])
+
+
+def test_a_replayed_token_sets_the_threads_of_the_calling_thread():
+    _, recorded, _ = passes(GOLDEN / f"{NAMES[0]}.gguf", 1)
+    cache = recorded.new_cache(4)
+    recorded.forward(np.array([3]), cache)
+    set_threads(2)
+    recorded.forward(np.array([5]), cache)
+    assert numba.get_num_threads() == 1
+
+
+def test_rotations_of_any_position():
+    inv_freq = 10000.0 ** (-np.arange(16) / 16)
+    cache = passes(GOLDEN / f"{NAMES[0]}.gguf", 1)[1].new_cache(4)
+    recorder, backend = Recorder(1), CpuBackend(1)
+    found = recorder.rotations(cache, 1, inv_freq, 1.25)
+    for position in (0, 255, 256, 3, 4095):
+        recorder.rotate[0](position)
+        cache._length[0] = position
+        np.testing.assert_array_equal(found, backend.rotations(cache, 1, inv_freq, 1.25))
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [10**9], [1] * 5])

@@ -68,7 +68,6 @@ class CpuBackend:
 
         Of a single token the pass is recorded once for each cache, then replayed without Python between the kernels.
         """
-        elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
         try:
             if self.store is None:
                 return self._run(compute, source, cache, all_logits)
@@ -87,9 +86,11 @@ class CpuBackend:
 
     def _run(self, compute: Compute, token_ids: np.ndarray, cache: TokenCache, all_logits: bool) -> np.ndarray:
         if len(token_ids) > 1:
+            elementwise.set_threads(self.threads)  # numba keeps the number of threads per calling thread
             return compute(self, token_ids, cache, all_logits)
         program = self._programs.get(cache)
         if program is None:
+            elementwise.set_threads(self.threads)
             program = self._programs[cache] = Program(compute, cache, self.threads, self.store)
         return program.run(int(token_ids[0]), cache.length)
 

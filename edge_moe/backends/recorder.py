@@ -30,6 +30,7 @@ from edge_moe.token_cache import TokenCache
 from edge_moe.weights import Weight
 
 SHARED_OPERATIONS = 30_000  # from so many on a step is shared between threads: some 3 microseconds
+ROTATIONS_AT_ONCE = 256  # positions: for a single one numpy takes as long as for many
 
 
 def _address(array: np.ndarray) -> int:
@@ -43,7 +44,9 @@ class Program:
         recorder = Recorder(threads, store)
         self._threads = threads
         self._token_ids = np.zeros(1, np.int64)
-        self._logits = compute(recorder, self._token_ids, cache, False)
+        logits = compute(recorder, self._token_ids, cache, False)
+        (field,) = np.flatnonzero(recorder.last == _address(logits))
+        self._shape, self._out_field = logits.shape, _address(recorder.last[field:])
         self._rotate = recorder.rotate
         self._keep = recorder.keep  # buffers and plans that the steps know by address
         self._parts: list[np.ndarray | list[Any]] = [
@@ -53,6 +56,7 @@ class Program:
 
     def run(self, token_id: int, position: int) -> np.ndarray:
         """The token at `position`, the cache holding all before it -> a new f32[1,vocab]."""
+        logits = np.empty(self._shape, np.float32)  # where the last step writes them
         self._token_ids[0] = token_id
         for rotate in self._rotate:
             rotate(position)
@@ -60,11 +64,11 @@ class Program:
         for part in self._parts:
             if isinstance(part, np.ndarray):
                 if not is_done:
-                    run_program(part, sleep_function(), self._threads)
+                    run_program(part, sleep_function(), self._threads, logits, self._out_field)
             else:
                 for call in part:
                     is_done = bool(call())
-        return self._logits.copy()
+        return logits
 
 
 class Inputs(NamedTuple):
@@ -99,6 +103,7 @@ class Recorder:
         self.steps: list[tuple[int, ...] | Callable[[], object]] = []
         self._threads, self._store = threads, store
         self.keep: list[object] = []
+        self.last = np.zeros(0, np.int64)  # the plan of the last step
         self._free: dict[int, list[np.ndarray]] = {}  # memory by its size
         self.rotate: list[Callable[[int], None]] = []
         self._scratch: np.ndarray | None = None  # of attention: one for all layers
@@ -107,10 +112,18 @@ class Recorder:
     def rotations(self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
         """cos and sin f32[1,P/2] of the token's position, renewed before each run."""
         cos, sin = self._empty(1, len(inv_freq)), self._empty(1, len(inv_freq))
+        all_cos, all_sin = np.empty((2, ROTATIONS_AT_ONCE, len(inv_freq)), np.float32)
+        known = -1
 
         def rotate(position: int) -> None:
-            np.multiply(np.cos(position * inv_freq), factor, out=cos[0], casting="same_kind")
-            np.multiply(np.sin(position * inv_freq), factor, out=sin[0], casting="same_kind")
+            nonlocal known
+            if position // ROTATIONS_AT_ONCE != known:
+                known = position // ROTATIONS_AT_ONCE
+                positions = np.arange(ROTATIONS_AT_ONCE * known, ROTATIONS_AT_ONCE * (known + 1))
+                angles = positions[:, None] * inv_freq
+                np.multiply(np.cos(angles), factor, out=all_cos, casting="same_kind")
+                np.multiply(np.sin(angles), factor, out=all_sin, casting="same_kind")
+            cos[0], sin[0] = all_cos[position % ROTATIONS_AT_ONCE], all_sin[position % ROTATIONS_AT_ONCE]
 
         self.rotate.append(rotate)
         return cos, sin
@@ -119,6 +132,7 @@ class Recorder:
         """The token's row of the embedding matrix, f32[1,D]."""
         n_cols = weight.shape[-1]
         out = self._empty(1, n_cols)
+        self.keep.append(token_ids)
         plan = [
             0,
             1,
@@ -384,7 +398,7 @@ class Recorder:
 
         counts: address of those by which it is, where it is not by its plan's first number.
         """
-        numbers = np.array(plan, np.int64)
+        self.last = numbers = np.array(plan, np.int64)
         self.keep.append(numbers)
         shared = operations > SHARED_OPERATIONS
         self.steps.append((compiled_address(function, tag), _address(numbers), shared, 0, 0, counts))

@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_moe.kernels.jit import inline_kernel, kernel, parallel_kernel
@@ -87,6 +88,18 @@ def _call_c(typingctx: Any, address: Any, number: Any) -> Any:
     return types.int32(types.int64, types.int32), codegen
 
 
+@intrinsic
+def _set_threads(typingctx: Any, n_threads: Any) -> Any:
+    """What numba.set_num_threads does. That one is known by an address, with which numba caches no kernel."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "set_num_threads"), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int32), codegen
+
+
 @cache
 def sleep_function() -> int:
     """Address of the C function `f(1)` by which a thread lets others have its core for as short as the system can.
@@ -151,8 +164,15 @@ def _together(steps, n_steps, present, sleep, n_threads):
 
 
 @kernel
-def run_program(steps, sleep, n_threads):
-    """Run all steps, i64[N,6], in order. With one thread nothing is shared."""
+def run_program(steps, sleep, n_threads, out, out_field):
+    """Run all steps, i64[N,6], in order. With one thread nothing is shared.
+
+    out f32[1,N]: where the step writes whose plan has `out_field`, an address. The calling thread's kernels have
+    n_threads from then on. Both are done here, as Python takes 40 microseconds for each, whose memory is not at hand
+    after all those weights.
+    """
+    store(out_field, address_of(out))
+    _set_threads(types.int32(n_threads))
     n_steps, first = steps.shape[0], address_of(steps)
     for i in range(n_steps):
         steps[i, ENTERED] = steps[i, LEFT] = 0
