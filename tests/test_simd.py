@@ -15,7 +15,7 @@ from numba import types
 from edge_moe.kernels import blocks, dots, file_numbers, simd, tiles
 from edge_moe.kernels.launch import compiled_address, launch
 from edge_moe.kernels.simd import f32x16, i8x64, i16x16, i32x16, load, store, u8x64, u16x16
-from edge_moe.kernels.target import target_of
+from edge_moe.kernels.target import TARGET, target_of
 
 
 def apply(function, *arrays, result):
@@ -178,6 +178,53 @@ def test_bit_fields(shifts, mask, kind):
     for more in range(9 - max(shifts) - mask.bit_length()):
         fields(a.ctypes.data, more, found.ctypes.data)
         np.testing.assert_array_equal(found, (a >> np.tile(by + more, 256 // kind_lanes)) & mask)
+
+
+@pytest.mark.parametrize(("shifts", "mask"), [((-4, -2), 0x30), ((0, 2), 0x30), ((1, -1, 7, 0), 255)])
+@pytest.mark.parametrize("kind", [u8x64, simd.u8x32], ids=["64", "32"])
+def test_bit_movers(shifts, mask, kind):
+    """As far as the bits are all of one byte."""
+    move = file_numbers.bit_mover(shifts, mask)
+
+    @numba.njit
+    def moved(a, out):
+        for i in range(0, 256, kind_lanes):
+            store(out + i, move(load(kind, a + i)))
+
+    kind_lanes, found = kind.lanes, np.empty(256, np.uint8)
+    by = np.tile(np.repeat(shifts, kind_lanes // len(shifts)), 256 // kind_lanes)
+    a = np.arange(256) & (mask << np.maximum(by, 0) >> np.maximum(-by, 0))
+    octets = a.astype(np.uint8)
+    moved(octets.ctypes.data, found.ctypes.data)
+    np.testing.assert_array_equal(found, (a << np.maximum(-by, 0)) >> np.maximum(by, 0))
+
+
+_OF_FOUR = np.random.default_rng(10).integers(-64, 256, 64).clip(-1).tolist()
+_STARTS = np.random.default_rng(11).integers(-8, 64, 64).tolist()
+_quartet_picked, _pair_picked = simd.quartet_picker(_OF_FOUR), simd.pair_picker([i // 2 for i in _OF_FOUR])
+_bits_picked = simd.bits_picker(_STARTS)
+
+
+@numba.njit
+def _pick_of_many(a, out):
+    of_four = _quartet_picked(load(u8x64, a), load(u8x64, a + 64), load(u8x64, a + 128), load(u8x64, a + 192))
+    store(out, of_four)
+    store(out + 64, _pair_picked(load(u8x64, a), load(u8x64, a + 64)))
+    store(out + 128, _bits_picked(load(u8x64, a)))
+
+
+@pytest.mark.skipif(not TARGET.has_vbmi, reason="what these are for has AVX512-VBMI")
+def test_picks_of_several_registers():
+    a = np.random.default_rng(12).integers(0, 256, 256, dtype=np.uint8)
+    of_four, of_two, bits = apply(_pick_of_many, a, result=np.empty((3, 64), np.uint8))
+    np.testing.assert_array_equal(of_four, np.where(np.array(_OF_FOUR) < 0, 0, a[_OF_FOUR]))
+    halves = np.array(_OF_FOUR) // 2
+    np.testing.assert_array_equal(of_two, np.where(halves < 0, 0, a[halves]))
+    wanted = []
+    for i, start in enumerate(_STARTS):
+        own = np.unpackbits(a[i // 8 * 8 :][:8], bitorder="little")
+        wanted.append(np.packbits(own[(start + np.arange(8)) % 64], bitorder="little")[0])
+    np.testing.assert_array_equal(bits, wanted)
 
 
 @numba.njit

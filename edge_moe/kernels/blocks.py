@@ -25,6 +25,7 @@ from edge_moe.kernels.dots import SIGN_BIAS, stored_sign
 from edge_moe.kernels.file_numbers import (
     add_bits,
     bit_field,
+    bit_mover,
     from_bfloat,
     from_half,
     load_bfloat,
@@ -51,7 +52,6 @@ from edge_moe.kernels.simd import (
     u8x32,
     u8x64,
     u16x16,
-    u16x32,
     u32x8,
     view,
 )
@@ -228,7 +228,8 @@ def _bf16_load_one(fmt, address):
 
 # ---- parts of a register
 
-_left_4_2, _shift_0_2 = shifter((-4, -2)), shifter((0, 2))
+# Of four pairs of bits two, each moved to where it is worth 16.
+_first_and_second, _third_and_fourth = bit_mover((-4, -2), 0x30), bit_mover((0, 2), 0x30)
 nibbles_of, _low_high, low_high_twice = bit_field((0,), 15), bit_field((0, 4), 15), bit_field((0, 4, 0, 4), 15)
 _pairs, _next_bits = bit_field((0, 2), 3), bit_field((0, 1), 1)
 
@@ -339,10 +340,9 @@ def _q6_k_scales(fmt, a, b):
 @method("codes", Q6_K)
 def _q6_k_codes(fmt, block, chunk):
     half, odd = chunk >> 1, chunk & 1
-    low = nibbles_of(load(u8x64, block + 64 * half), 4 * odd)
-    bits = view(u16x32, twice(block + 128 + 32 * half))
-    high = _shift_0_2(bits) if odd else _left_4_2(bits)  # in place, but for what the mask cuts off
-    return low | (view(u8x64, high) & types.uint8(0x30))
+    low = nibbles_of(hidden(load(u8x64, block + 64 * half)), 4 * odd)
+    bits = hidden(twice(block + 128 + 32 * half))
+    return low | (_third_and_fourth(bits) if odd else _first_and_second(bits))
 
 
 # The 16 bytes that end with three words a, b, c and d: 16 scales of 6 bits, 32 too large, nibbles in a and b, upper

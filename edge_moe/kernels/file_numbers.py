@@ -170,24 +170,6 @@ def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) ->
     return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
 
 
-def adder_of_bits(bits: Sequence[int]) -> Any:
-    """Make an operation: codes u8x64 + `value` where the bit of octets u8x64 is set that is named for the lane.
-
-    `bits` names those of as many neighbouring lanes.
-    """
-
-    @intrinsic
-    def add_set_bits(typingctx: Any, codes: Any, octets: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            codes, octets, value = args
-            byte = spread(builder, builder.trunc(value, ir.IntType(8)), 64)
-            return builder.select(_are_set(builder, octets, bits), builder.add(codes, byte), codes)
-
-        return u8x64(u8x64, u8x64, types.int64), codegen
-
-    return add_set_bits
-
-
 _EACH_BIT = 0x0102040810204080  # of an 8 x 8 matrix of bits the rows, of which the last is that of bit 0
 
 
@@ -229,3 +211,31 @@ def bit_field(shifts: Sequence[int], mask: int) -> Any:
         return value(value, types.int64), codegen
 
     return field
+
+
+def bit_mover(shifts: Sequence[int], mask: int) -> Any:
+    """Make a `bit_field` of constants alone; those below 0 shift to the left."""
+
+    @intrinsic
+    def move(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if TARGET.has_gfni and value.lanes == 64:
+                sources = [{bit: bit + shift for bit in range(8) if mask >> bit & 1} for shift in shifts]
+                matrices = [
+                    sum(1 << (8 * (7 - bit) + source) for bit, source in each.items() if 0 <= source < 8)
+                    for each in sources
+                ]
+                own = [matrix for matrix in matrices for _ in range(8 // len(shifts))]
+                constants = builder.bitcast(ir.Constant(ir.VectorType(ir.IntType(64), 8), own), args[0].type)
+                name, none = "llvm.x86.vgf2p8affineqb.512", ir.Constant(ir.IntType(8), 0)
+                return call(builder, name, args[0].type, [args[0], constants, none])
+            wide = Vector(types.uint16, value.lanes // 2)
+            each_lane = [shift for shift in shifts for _ in range(wide.lanes // len(shifts))]
+            bits = builder.bitcast(args[0], llvm_type(wide))
+            left = builder.shl(bits, constant(wide, [max(-shift, 0) for shift in each_lane]))
+            moved = builder.lshr(left, constant(wide, [max(shift, 0) for shift in each_lane]))
+            return builder.and_(builder.bitcast(moved, args[0].type), constant(value, mask))
+
+        return value(value), codegen
+
+    return move

@@ -9,7 +9,7 @@ from numba import types
 
 from edge_moe.kernels.activations import nibbles_offset, record_bytes, scales_offset, sums_offset, words_offset
 from edge_moe.kernels.blocks import BlockFormat, FloatFormat, FormatTag, SuperblockFormat
-from edge_moe.kernels.dots import SIGN_BIAS, add_scaled_dot, dot, pair_dot
+from edge_moe.kernels.dots import MAX_ACTIVATION, SIGN_BIAS, add_dot, add_scaled_dot, dot, packed_sums, pair_dot
 from edge_moe.kernels.fetches import fetcher, fetchers, prefetch
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
@@ -40,15 +40,12 @@ from edge_moe.kernels.simd import (
     view,
     whole_picker,
 )
+from edge_moe.kernels.target import TARGET
 from edge_moe.kernels.wide_rows import is_wide
 
 _first_two, _last_two = picker([i // 8 for i in range(16)]), picker([2 + i // 8 for i in range(16)])
 _each_twice, _first_to_all, _third_to_all = picker([0, 0, 1, 1]), picker([0] * 16), picker([2] * 16)
 _second_and_fourth = picker([1 + i // 8 * 2 for i in range(16)])
-# of each superblock of two the scales of each chunk
-_a_0, _a_1, _a_2, _a_3 = (whole_picker([4 * c + i // 8 for i in range(32)]) for c in range(4))
-_b_0, _b_1, _b_2, _b_3 = (whole_picker([16 + 4 * c + i // 8 for i in range(32)]) for c in range(4))
-
 _in_first_quarter, _first_lane_only = picker([0, 1, 2, 3] + [4] * 12), picker([0] + [4] * 15)
 
 # Registers turned, so that what comes next is always in the first lanes.
@@ -189,27 +186,58 @@ def _row_totals_of_two(fmt, row, x, y, n_cols, ahead):
     return row_totals_of_two
 
 
-@inlined_method(SuperblockFormat, "superblock_dot")
-def _superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3, ahead):
-    fetch_0, fetch_1, fetch_2, fetch_3 = fetchers(fmt.block_bytes, 4)
+def _is_packed(fmt: FormatTag) -> bool:
+    """Whether sums of four products are scaled in 16 bits, of two chunks at once: one step for each register less."""
+    return TARGET.dot == "avx512vnni" and not fmt.signed and 4 * MAX_ACTIVATION * fmt.max_code < 1 << 15
 
-    def superblock_dot(fmt, block, x, scales_0, scales_1, scales_2, scales_3, ahead):
-        """A superblock times 256 columns with its scales, of each chunk i16x32: f32x16, without its minimums.
 
-        As much is fetched from `ahead` on.
-        """
-        total = splat(i32x16, types.int32(0))
-        fetch_0(ahead, block)
-        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 0), load(i8x64, x), scales_0))
-        fetch_1(ahead, block)
-        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 1), load(i8x64, x + 64), scales_1))
-        fetch_2(ahead, block)
-        total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 2), load(i8x64, x + 128), scales_2))
-        fetch_3(ahead, block)
-        total = add_scaled_dot(fmt, total, fmt.codes(block, 3), load(i8x64, x + 192), scales_3)
-        return convert(f32x16, total)
+def _of_superblock(which: int) -> None:
+    """Add the method for the first or the second of two superblocks, whose scales lie one behind the other."""
+    first = 16 * which
+    s_0, s_1, s_2, s_3 = (whole_picker([first + 4 * chunk + i // 8 for i in range(32)]) for chunk in range(4))
+    # of packed sums each part of 128 bits has one of each chunk's groups
+    s_01, s_23 = (whole_picker([first + c + i // 8 + i // 4 % 2 * 4 for i in range(32)]) for c in (0, 8))
 
-    return superblock_dot
+    @inlined_method(SuperblockFormat, f"superblock_sums_{which}")
+    def _superblock_sums(fmt, block, x, scales, ahead):
+        fetch_0, fetch_1, fetch_2, fetch_3 = fetchers(fmt.block_bytes, 4)
+
+        def superblock_sums(fmt, block, x, scales, ahead):
+            """A superblock times 256 columns with its scales, among i16x32 of two: f32x16, without its minimums.
+
+            As much is fetched from `ahead` on.
+            """
+            total = splat(i32x16, types.int32(0))
+            fetch_0(ahead, block)
+            total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 0), load(i8x64, x), s_0(scales)))
+            fetch_1(ahead, block)
+            total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 1), load(i8x64, x + 64), s_1(scales)))
+            fetch_2(ahead, block)
+            total = in_turn(add_scaled_dot(fmt, total, fmt.codes(block, 2), load(i8x64, x + 128), s_2(scales)))
+            fetch_3(ahead, block)
+            total = add_scaled_dot(fmt, total, fmt.codes(block, 3), load(i8x64, x + 192), s_3(scales))
+            return convert(f32x16, total)
+
+        def packed_sums_of_superblock(fmt, block, x, scales, ahead):
+            none = splat(i32x16, types.int32(0))
+            fetch_0(ahead, block)
+            first, second = fmt.codes(block, 0), fmt.codes(block, 1)
+            low = in_turn(add_dot(none, first, load(i8x64, x)))
+            fetch_1(ahead, block)
+            high = in_turn(add_dot(none, second, load(i8x64, x + 64)))
+            total = pair_dot(packed_sums(low, high), s_01(scales))
+            fetch_2(ahead, block)
+            first, second = fmt.codes(block, 2), fmt.codes(block, 3)
+            low = in_turn(add_dot(none, first, load(i8x64, x + 128)))
+            fetch_3(ahead, block)
+            high = add_dot(none, second, load(i8x64, x + 192))
+            return convert(f32x16, total + pair_dot(packed_sums(low, high), s_23(scales)))
+
+        return packed_sums_of_superblock if _is_packed(fmt) else superblock_sums
+
+
+for _which in range(2):
+    _of_superblock(_which)
 
 
 @kernel_method(SuperblockFormat, "factors_of_two")
@@ -242,8 +270,8 @@ def _superblock_narrow_row_total(fmt, row, x, n_cols, ahead):
             s, m = fmt.scales_of_two(a, b)
             factors = fmt.factors_of_two(a, b) * _each_twice(load(f32x2, scales + 4 * i))
             later = ahead + i * size
-            first = fmt.superblock_dot(a, x + 256 * i, _a_0(s), _a_1(s), _a_2(s), _a_3(s), later)
-            second = fmt.superblock_dot(b, x_b, _b_0(s), _b_1(s), _b_2(s), _b_3(s), later + size)
+            first = fmt.superblock_sums_0(a, x + 256 * i, s, later)
+            second = fmt.superblock_sums_1(b, x_b, s, later + size)
             even = fma(first, _first_to_all(factors), even)
             odd = fma(second, _third_to_all(factors), odd)
             if has_minimum:

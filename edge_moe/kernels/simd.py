@@ -282,22 +282,22 @@ def picker(indices: Sequence[int]) -> Any:
     return pick
 
 
-def _pick_bytes(builder: ir.IRBuilder, a: ir.Value, indices: Sequence[int], b: ir.Value | None = None) -> ir.Value:
-    """Bytes of <64 x i8> by constant indices, zeros for those below 0; on CPUs that have one instruction for it.
+def _pick_bytes(builder: ir.IRBuilder, sources: Sequence[ir.Value], indices: Sequence[int]) -> ir.Value:
+    """Bytes of several <64 x i8>, those of the second counted from 64, by constant indices; zeros for those below 0.
 
-    Those of b count from 64.
+    One step for each source on CPUs that have an instruction for it.
     """
-
-    def of(source: ir.Value, first: int) -> ir.Value:
-        order = ir.Constant(a.type, [i - first if first <= i < first + 64 else 0 for i in indices])
-        return call(builder, "llvm.x86.avx512.permvar.qi.512", a.type, [source, _unknown_constant(builder, order)])
-
-    picked = of(a, 0)
-    if b is None and min(indices) >= 0:
-        return picked
-    kept = ir.Constant(ir.IntType(64), sum(1 << place for place, i in enumerate(indices) if 0 <= i < 64))
-    lanes = builder.bitcast(_unknown_constant(builder, kept), ir.VectorType(ir.IntType(1), 64))
-    return builder.select(lanes, picked, of(b, 64) if b is not None else ir.Constant(a.type, [0] * len(indices)))
+    kind = sources[0].type
+    order = _unknown_constant(builder, ir.Constant(kind, [i % 64 for i in indices]))  # the same of all sources
+    picked: ir.Value = ir.Constant(kind, [0] * 64)
+    for s, source in enumerate(sources):
+        own = sum(1 << place for place, i in enumerate(indices) if i // 64 == s)
+        lanes = call(builder, "llvm.x86.avx512.permvar.qi.512", kind, [source, order])
+        if s or min(indices) < 0:
+            mask = _unknown_constant(builder, ir.Constant(ir.IntType(64), own))
+            lanes = builder.select(builder.bitcast(mask, ir.VectorType(ir.IntType(1), 64)), lanes, picked)
+        picked = lanes
+    return picked
 
 
 def _unknown_constant(builder: ir.IRBuilder, value: ir.Constant) -> ir.Value:
@@ -320,7 +320,7 @@ def whole_picker(indices: Sequence[int]) -> Any:
             if not TARGET.has_vbmi:
                 return rearrange(builder, args[0], indices)
             octets = builder.bitcast(args[0], llvm_type(u8x64))
-            picked = _pick_bytes(builder, octets, [size * i + octet for i in indices for octet in range(size)])
+            picked = _pick_bytes(builder, [octets], [size * i + octet for i in indices for octet in range(size)])
             return builder.bitcast(picked, args[0].type)
 
         return value(value), codegen
@@ -334,11 +334,36 @@ def pair_picker(indices: Sequence[int]) -> Any:
     @intrinsic
     def pick(typingctx: Any, a: Any, b: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            if TARGET.has_vbmi:
-                return _pick_bytes(builder, args[0], indices, args[1])
-            return rearrange(builder, args[0], indices, args[1])
+            return _pick_bytes(builder, args, indices)
 
         return a(a, a), codegen
+
+    return pick
+
+
+def quartet_picker(indices: Sequence[int]) -> Any:
+    """The same of four u8x64, in four steps."""
+
+    @intrinsic
+    def pick(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return _pick_bytes(builder, args, indices)
+
+        return a(a, a, a, a), codegen
+
+    return pick
+
+
+def bits_picker(starts: Sequence[int]) -> Any:
+    """Make an operation on u8x64 that gives each byte the 8 bits of its own 64 that begin at a constant place."""
+
+    @intrinsic
+    def pick(typingctx: Any, octets: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            places = _unknown_constant(builder, constant(octets, [start % 64 for start in starts]))
+            return call(builder, "llvm.x86.avx512.pmultishift.qb.512", args[0].type, [places, args[0]])
+
+        return octets(octets), codegen
 
     return pick
 
@@ -350,7 +375,7 @@ def widener(indices: Sequence[int]) -> Any:
     def widen(typingctx: Any, octets: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             if TARGET.has_vbmi:
-                picked = _pick_bytes(builder, args[0], [place for i in indices for place in (i, -1)])
+                picked = _pick_bytes(builder, args, [place for i in indices for place in (i, -1)])
                 return builder.bitcast(picked, llvm_type(i16x32))
             wide = builder.zext(args[0], ir.VectorType(ir.IntType(16), 64))
             return rearrange(builder, wide, indices)

@@ -12,9 +12,10 @@ from edge_moe.kernels.blocks import (
     twice,
 )
 from edge_moe.kernels.dots import stored_sign
-from edge_moe.kernels.file_numbers import adder_of_bits, bit_field, from_half
+from edge_moe.kernels.file_numbers import bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel, kernel_method
 from edge_moe.kernels.simd import (
+    bits_picker,
     hidden,
     high_half,
     join,
@@ -22,6 +23,7 @@ from edge_moe.kernels.simd import (
     low_half,
     pair_picker,
     picker,
+    quartet_picker,
     u8x16,
     u8x64,
     u16x8,
@@ -36,32 +38,27 @@ from edge_moe.kernels.simd import (
 # Of two registers the parts of 128 bits that come first and third in each; second and fourth.
 _even_parts = picker([8 * part + lane for part in range(4) for lane in range(4)])
 _odd_parts = picker([8 * part + 4 + lane for part in range(4) for lane in range(4)])
-# Of 32 bits in each lane one byte, four times; of such a byte the bits of one word's codes.
-_octet_0, _octet_1, _octet_2, _octet_3 = (picker([i & ~3 | octet for i in range(64)]) for octet in range(4))
-_add_lower_bits, _add_upper_bits = adder_of_bits(range(4)), adder_of_bits(range(4, 8))
 _lower_halves = whole_picker([4 * i + octet for i in range(16) for octet in (0, 1)] * 2)
 _upper_halves = whole_picker([4 * i + octet for i in range(16) for octet in (2, 3)] * 2)
+# Of each block's 32 fifth bits those of a word's four codes, each moved to where it is worth 16.
+_bits_of_words = [bits_picker([i // 4 % 2 * 32 + 4 * word + i % 4 - 4 for i in range(64)]) for word in range(8)]
+_bits_0, _bits_1, _bits_2, _bits_3, _bits_4, _bits_5, _bits_6, _bits_7 = _bits_of_words
+_FIFTH_BIT = 16
 
 
-@kernel_method(BlockFormat, "words_of_row")
-def _words_of_row(fmt, row):
-    size, nibbles, bits = fmt.block_bytes, fmt.nibbles, fmt.bits
-    back = 4 * size - 64  # two loads of 64 bytes: the first from where the blocks begin, the second to where they end
+@inline_kernel
+def _with_bits(codes, bits):
+    return codes | (bits & types.uint8(_FIFTH_BIT))
 
-    def places(first: int, n_words: int) -> list[int]:
-        """Where in what was loaded words of 4 bytes are: of all blocks the first, then the second."""
-        of_words = [k * size + first + 4 * word + i for word in range(n_words) for k in range(4) for i in range(4)]
-        return [place if place < 64 else place - back + 64 for place in of_words]
 
-    nibbles_of_four = pair_picker(places(nibbles, 4))
-    heads_of_four = pair_picker((places(bits, 1) + places(0, 1)) * 2)
+def _places(fmt: BlockFormat, first: int, n_words: int) -> list[int]:
+    """Where of four blocks words of 4 bytes are: of all blocks the first, then the second.
 
-    def words_of_row(fmt, row):
-        """Of four blocks the words of nibbles; and that of fifth bits, if any, beside the first: u32x16, u32x8."""
-        a, b = load(u8x64, row), load(u8x64, row + back)
-        return view(u32x16, nibbles_of_four(a, b)), low_half(view(u32x16, heads_of_four(a, b)))
-
-    return words_of_row
+    In 64 bytes from where the blocks begin, then, from 64 on, in those up to where they end.
+    """
+    size = fmt.block_bytes
+    of_words = [k * size + first + 4 * word + i for word in range(n_words) for k in range(4) for i in range(4)]
+    return [place if place < 64 else place - 4 * size + 128 for place in of_words]
 
 
 @inline_kernel
@@ -74,7 +71,10 @@ def _same_part(a, b, c, d):
 
 @kernel_method(BlockFormat, "words_of_rows")
 def _words_of_rows(fmt, a, b, c, d):
-    bits, is_table = fmt.bits, fmt.signed
+    back, bits, is_table = 4 * fmt.block_bytes - 64, fmt.bits, fmt.signed
+    nibbles_of_four = pair_picker(_places(fmt, fmt.nibbles, 4))
+    heads = _places(fmt, bits, 1) + _places(fmt, 0, 1)
+    heads_of_two = quartet_picker(heads + [128 + place for place in heads])
 
     def codes_of(nibbles, shift):
         codes = nibbles_of(view(u8x64, nibbles), shift)
@@ -87,20 +87,25 @@ def _words_of_rows(fmt, a, b, c, d):
 
         Scales are u16x16, as are the minimums of formats that have such.
         """
-        (words_a, head_a), (words_b, head_b) = fmt.words_of_row(a), fmt.words_of_row(b)
-        (words_c, head_c), (words_d, head_d) = fmt.words_of_row(c), fmt.words_of_row(d)
-        n_0, n_1, n_2, n_3 = _same_part(words_a, words_b, words_c, words_d)
-        heads = join(join(head_a, head_b), join(head_c, head_d))
+        begin_a, end_a, begin_b, end_b = load(u8x64, a), load(u8x64, a + back), load(u8x64, b), load(u8x64, b + back)
+        begin_c, end_c, begin_d, end_d = load(u8x64, c), load(u8x64, c + back), load(u8x64, d), load(u8x64, d + back)
+        words_a, words_b = nibbles_of_four(begin_a, end_a), nibbles_of_four(begin_b, end_b)
+        words_c, words_d = nibbles_of_four(begin_c, end_c), nibbles_of_four(begin_d, end_d)
+        # of each row first its blocks' fifth bits, if any, then their scales and minimums
+        heads_ab = view(u32x16, heads_of_two(begin_a, end_a, begin_b, end_b))
+        heads_cd = view(u32x16, heads_of_two(begin_c, end_c, begin_d, end_d))
+        heads = join(heads_ab, heads_cd)
+        n_0, n_1, n_2, n_3 = _same_part(
+            view(u32x16, words_a), view(u32x16, words_b), view(u32x16, words_c), view(u32x16, words_d)
+        )
         c_0, c_1, c_2, c_3 = codes_of(n_0, 0), codes_of(n_1, 0), codes_of(n_2, 0), codes_of(n_3, 0)
         c_4, c_5, c_6, c_7 = codes_of(n_0, 4), codes_of(n_1, 4), codes_of(n_2, 4), codes_of(n_3, 4)
         if bits:
-            words = hidden(view(u8x64, _even_parts(heads)))
-            first, second = hidden(_octet_0(words)), hidden(_octet_1(words))
-            c_0, c_1 = _add_lower_bits(c_0, first, 16), _add_upper_bits(c_1, first, 16)
-            c_2, c_3 = _add_lower_bits(c_2, second, 16), _add_upper_bits(c_3, second, 16)
-            third, fourth = hidden(_octet_2(words)), hidden(_octet_3(words))
-            c_4, c_5 = _add_lower_bits(c_4, third, 16), _add_upper_bits(c_5, third, 16)
-            c_6, c_7 = _add_lower_bits(c_6, fourth, 16), _add_upper_bits(c_7, fourth, 16)
+            fifths = hidden(view(u8x64, _even_parts(heads)))
+            c_0, c_1 = _with_bits(c_0, _bits_0(fifths)), _with_bits(c_1, _bits_1(fifths))
+            c_2, c_3 = _with_bits(c_2, _bits_2(fifths)), _with_bits(c_3, _bits_3(fifths))
+            c_4, c_5 = _with_bits(c_4, _bits_4(fifths)), _with_bits(c_5, _bits_5(fifths))
+            c_6, c_7 = _with_bits(c_6, _bits_6(fifths)), _with_bits(c_7, _bits_7(fifths))
         firsts = view(u8x64, _odd_parts(heads))
         own, lowest = view(u16x32, _lower_halves(firsts)), view(u16x32, _upper_halves(firsts))
         return (c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7), low_half(own), low_half(lowest)
