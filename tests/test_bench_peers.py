@@ -92,8 +92,9 @@ def test_medians_ratios_and_bounds(bench, tmp_path, capsys):
     for number, (ours, theirs, read, share) in enumerate(
         [(10, 5, 21300, 0.75), (12, 8, 14200, 0.5), (20, 4, 42600, 0.8)], start=1
     ):
-        reads = {bench.MEMORY: read, bench.PAGES: read / 2}
-        paced = {"tok_per_s": 11.0, "reads": reads, "shares": {bench.MEMORY: share, bench.PAGES: 2 * share}}
+        reads = {bench.MEMORY: read, bench.PLAIN: read * 0.75, bench.PAGES: read / 2}
+        shares = {bench.MEMORY: share, bench.PLAIN: share * 1.25, bench.PAGES: 2 * share}
+        paced = {"tok_per_s": 11.0, "reads": reads, "shares": shares}
         for who, name, value in (
             (bench.OURS, test.name, ours),
             (bench.THEIRS, test.name, theirs),
@@ -106,15 +107,17 @@ def test_medians_ratios_and_bounds(bench, tmp_path, capsys):
     assert (row["ratio_min"], row["ratio_max"]) == (1.5, 5)
     assert row["bytes_per_token"] == 1000 + 4 * (100 + 5)  # halfway through the 11 tokens
     assert (row["bound_tok_per_s"], row["bound_share"], row["bound_shares"]) == (15, 0.75, [0.75, 0.5, 0.8])
+    assert (row["plain_tok_per_s"], row["plain_share"], row["plain_shares"]) == (11.25, 0.9375, [0.9375, 0.625, 1.0])
     assert (row["pages_tok_per_s"], row["pages_share"], row["pages_shares"]) == (7.5, 1.5, [1.5, 1.0, 1.6])
     assert (found["read_bytes_per_s"], found["read_runs"]) == (21300, [21300, 14200, 42600])
     assert (found["pages_bytes_per_s"], len(found["pages_runs"])) == (10650, 3)
     bench.print_report("title", found)
-    assert "150.0 % (100.0 to 160.0)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "93.8 % (62.5 to 100.0)" in printed and "150.0 % (100.0 to 160.0)" in printed
     unpaced = bench.Log(tmp_path / "unpaced.jsonl", SETUP)
     unpaced.entries = [entry for entry in log.entries if entry["who"] != bench.PACE]
     without = bench.report(unpaced, [test], bench.Traffic(weights_bytes=1000, cache_bytes_per_position=4.0))
-    assert not {"bound_share", "pages_share"} & set(without["tests"][0])
+    assert not {"bound_share", "plain_share", "pages_share"} & set(without["tests"][0])
     bench.print_report("title", without)
     bench.plot(tmp_path / "plot.png", "title", without)
     bench.plot(tmp_path / "plot.svg", "title", found)
@@ -156,7 +159,8 @@ def test_the_memory_is_really_read(bench):
 
     words = np.arange(100_003, dtype=np.uint32)
     for n_parts in (1, 2, 3):
-        assert memory_bound.sum_words(words, n_parts) == 100_002 * 100_003 // 2 % 2**32
+        for asks in (True, False):
+            assert memory_bound.sum_words(words, n_parts, asks) == 100_002 * 100_003 // 2 % 2**32
     assert all(1e8 < speed < 1e13 for speed in memory_bound.Reads(1, (), 1 << 24).speeds().values())
 
 
@@ -168,7 +172,7 @@ def test_pieces_of_files_are_read_one_after_the_other(bench):
     maps = [words[:1000].view(np.uint8), words[1000:1200].view(np.uint8), words[1000:].view(np.uint8)]
     reads = memory_bound.Reads(1, maps, 1200)
     for _ in range(6):
-        assert set(reads.speeds()) == {memory_bound.MEMORY, memory_bound.PAGES}
+        assert set(reads.speeds()) == {memory_bound.MEMORY, memory_bound.PLAIN, memory_bound.PAGES}
     starts = [(0, 300), (300, 600), (600, 900), (1000, 1200), (1000, 1300)]
     assert reads.totals == {-1: 300} | {i: words[first:last].sum() for i, (first, last) in enumerate(starts)}
     words[0] = 5
@@ -214,7 +218,8 @@ def test_a_model_in_turn_with_the_memory(bench, monkeypatch, large):
     for depth in (0, 8, 8):
         found = pacer(6, depth)
         assert found["tok_per_s"] > 0
-        assert set(found["shares"]) == set(found["reads"]) == ({bench.MEMORY, bench.PAGES} if large else {bench.MEMORY})
+        kinds = {bench.MEMORY, bench.PLAIN} | ({bench.PAGES} if large else set())
+        assert set(found["shares"]) == set(found["reads"]) == kinds
         assert all(0 < share < 10 for share in found["shares"].values())
     assert at_once == [(6, 4 if large else 6)] * 3
     assert [(key, cache.length) for key, cache in pacer.caches.items()] == [((6, 0), 0), ((6, 8), 8)]
