@@ -10,6 +10,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from llvmlite import ir
 from numba import types
 
 from edge_moe.kernels import blocks, dots, file_numbers, simd, tiles
@@ -271,6 +272,22 @@ def test_targets():
     assert target_of("arm64-apple-darwin", {"dotprod"}).dot == "sdot"
     assert target_of("aarch64-unknown-linux-gnu", {"dotprod", "i8mm"}).dot == "usdot"
     assert target_of("riscv64-unknown-linux-gnu", set()).dot == "plain"
+
+
+@pytest.mark.parametrize(("dot", "lanes"), [("avx512vnni", 16), ("avxvnni", 8)])
+def test_dots_are_declared_as_older_llvms_know_them(dot, lanes, monkeypatch):
+    """With words of four bytes, which newer LLVMs take as well: numba 0.61 brings LLVM 15, later ones up to 22."""
+    features = {"avx2", "avx512bw", "avx512vl", "avx512vnni"} if dot == "avx512vnni" else {"avx2", "avxvnni"}
+    monkeypatch.setattr(dots, "TARGET", target_of("x86_64-unknown-linux-gnu", features))
+    monkeypatch.setattr(simd, "TARGET", dots.TARGET)
+    module = ir.Module()
+    kinds = [simd.llvm_type(kind) for kind in (i32x16, u8x64, i8x64)]
+    function = ir.Function(module, ir.FunctionType(kinds[0], kinds), "sums")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(dots._add_dot(builder, *function.args))
+    words = f"<{lanes} x i32>"
+    (declared,) = re.findall(r'declare (.*) @"?llvm\.x86\.avx512\.vpdpbusd\.\d+"?\((.*)\)', str(module))
+    assert declared[0] == words and re.findall(r"<.*?>", declared[1]) == [words] * 3
 
 
 AVX512 = "avx2,f16c,fma,ssse3,avx512f,avx512bw,avx512vl,avx512dq"

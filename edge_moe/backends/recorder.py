@@ -1,8 +1,8 @@
 """One token's pass as a list of steps: recorded once by running the model pass on buffers, replayed for each token.
 
 A recorded pass costs no Python between its kernels. It is right for any token because all that differs from token to
-token is read from memory when the steps run: the token id, the rotations, the number of tokens in the cache, and the
-addresses of the chosen experts.
+token is read from memory when the steps run: the token id, the rotations, the number of tokens in the cache, the
+addresses of the chosen experts, and where the logits go.
 """
 
 import math

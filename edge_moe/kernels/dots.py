@@ -103,6 +103,8 @@ def _add_dot(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Valu
         return builder.add(total, _fold_pairs(builder, pairs))
 
     def one(t: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+        if TARGET.is_x86:  # before LLVM 22 words of four bytes, which newer ones take as well
+            u, s = builder.bitcast(u, t.type), builder.bitcast(s, t.type)
         return call(builder, name, t.type, [t, u, s])
 
     return in_registers(builder, [total, codes, x], one)

@@ -144,12 +144,6 @@ def table_lookup(table: Sequence[int]) -> Any:
     return lookup
 
 
-def _are_set(builder: ir.IRBuilder, octets: ir.Value, bits: Sequence[int]) -> ir.Value:
-    """Of 64 bytes whether the bit is set that `bits` names for each of as many neighbours."""
-    masks = constant(u8x64, [1 << bits[i % len(bits)] for i in range(64)])
-    return builder.icmp_unsigned("==", builder.and_(octets, masks), masks)
-
-
 @intrinsic
 def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) -> Any:
     """codes u8x64 + `value` for each bit that is set of two uint32."""
@@ -165,7 +159,9 @@ def add_bits(typingctx: Any, codes: Any, first: Any, second: Any, value: Any) ->
         words = rearrange(builder, spread(builder, first, 8), range(16), spread(builder, second, 8))
         octets = builder.bitcast(words, ir.VectorType(ir.IntType(8), 64))
         own_octet = rearrange(builder, octets, [32 * (i // 32) + i % 32 // 8 for i in range(64)])
-        return builder.or_(codes, builder.select(_are_set(builder, own_octet, range(8)), byte, constant(u8x64, 0)))
+        masks = constant(u8x64, [1 << i % 8 for i in range(64)])
+        is_set = builder.icmp_unsigned("==", builder.and_(own_octet, masks), masks)
+        return builder.or_(codes, builder.select(is_set, byte, constant(u8x64, 0)))
 
     return u8x64(u8x64, types.uint32, types.uint32, types.int64), codegen
 
