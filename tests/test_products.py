@@ -281,9 +281,9 @@ def test_wrong_arrays_are_named():
 @pytest.mark.parametrize(
     ("cpu", "needs", "formats"),
     [
-        ("x86-64", (), "F16,Q8_0,Q5_0,Q4_K,IQ4_XS"),
-        ("x86-64-v2", (), "F16,Q8_0,Q5_0,Q4_K,IQ4_XS"),
-        ("cascadelake", ("avx512vnni", "avx512bw", "avx512vl", "avx512dq"), "Q5_0,Q4_K"),
+        ("x86-64", (), "F16,Q8_0,Q5_0,Q4_K,Q6_K,IQ4_XS"),
+        ("x86-64-v2", (), "F16,Q8_0,Q5_0,Q4_K,Q6_K,IQ4_XS"),
+        ("cascadelake", ("avx512vnni", "avx512bw", "avx512vl", "avx512dq"), "Q5_0,Q4_K,Q6_K"),
     ],
 )
 def test_other_cpus(cpu, needs, formats):

@@ -13,7 +13,7 @@ import pytest
 from llvmlite import ir
 from numba import types
 
-from edge_moe.kernels import blocks, dots, file_numbers, simd, tiles
+from edge_moe.kernels import blocks, dots, file_numbers, picks, simd, tiles
 from edge_moe.kernels.launch import compiled_address, launch
 from edge_moe.kernels.simd import f32x16, i8x64, i16x16, i32x16, load, store, u8x64, u16x16
 from edge_moe.kernels.target import TARGET, target_of
@@ -141,8 +141,8 @@ def test_shifts_and_masks_of_parts():
 
 
 _PICKED = np.random.default_rng(8).integers(0, 64, 64).tolist()
-_picked_bytes, _picked_words = simd.whole_picker(_PICKED), simd.whole_picker([i // 2 for i in _PICKED[:32]])
-_widened = simd.widener(_PICKED[32:])
+_picked_bytes, _picked_words = picks.whole_picker(_PICKED), picks.whole_picker([i // 2 for i in _PICKED[:32]])
+_widened = picks.widener(_PICKED[32:])
 
 
 @numba.njit
@@ -202,8 +202,8 @@ def test_bit_movers(shifts, mask, kind):
 
 _OF_FOUR = np.random.default_rng(10).integers(-64, 256, 64).clip(-1).tolist()
 _STARTS = np.random.default_rng(11).integers(-8, 64, 64).tolist()
-_quartet_picked, _pair_picked = simd.quartet_picker(_OF_FOUR), simd.pair_picker([i // 2 for i in _OF_FOUR])
-_bits_picked = simd.bits_picker(_STARTS)
+_quartet_picked, _pair_picked = picks.quartet_picker(_OF_FOUR), picks.pair_picker([i // 2 for i in _OF_FOUR])
+_bits_picked = picks.bits_picker(_STARTS)
 
 
 @numba.njit

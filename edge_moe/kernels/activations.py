@@ -20,6 +20,7 @@ from edge_moe.kernels.dots import MAX_ACTIVATION
 from edge_moe.kernels.folds import four_maxima, quarter_sums, quarters
 from edge_moe.kernels.functions import codes_of, inverse_of
 from edge_moe.kernels.jit import both_sides, inline_kernel, kernel
+from edge_moe.kernels.picks import picker
 from edge_moe.kernels.simd import (
     absolute,
     address_of,
@@ -37,7 +38,6 @@ from edge_moe.kernels.simd import (
     larger,
     load,
     low_half,
-    picker,
     reduce_add,
     reduce_max,
     splat,

@@ -12,7 +12,8 @@ from edge_moe.kernels.blocks import FloatFormat
 from edge_moe.kernels.elementwise import to_bf16
 from edge_moe.kernels.functions import exp2
 from edge_moe.kernels.jit import inline_kernel, kernel_method
-from edge_moe.kernels.simd import f32x16, fma, larger, load, picker, splat, store
+from edge_moe.kernels.picks import picker
+from edge_moe.kernels.simd import f32x16, fma, larger, load, splat, store
 from edge_moe.kernels.tiles import tile_add_product, tile_zero
 
 # The most cached tokens attended at once: their scores stay in the first-level cache, their latents in the second.

@@ -33,6 +33,7 @@ from edge_moe.kernels.file_numbers import (
     table_lookup,
 )
 from edge_moe.kernels.jit import inline_kernel, kernel_method
+from edge_moe.kernels.picks import picker
 from edge_moe.kernels.simd import (
     Vector,
     convert,
@@ -45,7 +46,6 @@ from edge_moe.kernels.simd import (
     load,
     low_half,
     masker,
-    picker,
     shifter,
     splat,
     u8x16,

@@ -1,7 +1,8 @@
 """Four registers folded to four numbers at once, always in the same order."""
 
 from edge_moe.kernels.jit import inline_kernel
-from edge_moe.kernels.simd import high_half, join, larger, low_half, picker
+from edge_moe.kernels.picks import picker
+from edge_moe.kernels.simd import high_half, join, larger, low_half
 
 _even_32, _odd_32 = picker(range(0, 32, 2)), picker(range(1, 32, 2))
 _even_16, _odd_16 = picker(range(0, 16, 2)), picker(range(1, 16, 2))

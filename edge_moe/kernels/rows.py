@@ -14,6 +14,7 @@ from edge_moe.kernels.fetches import fetcher, fetchers, prefetch
 from edge_moe.kernels.file_numbers import from_half, load_halves
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import inline_kernel, inlined_method, kernel_method
+from edge_moe.kernels.picks import picker, whole_picker
 from edge_moe.kernels.simd import (
     convert,
     f32x2,
@@ -31,14 +32,12 @@ from edge_moe.kernels.simd import (
     join,
     load,
     low_half,
-    picker,
     splat,
     store,
     u8x16,
     u8x32,
     u16x4,
     view,
-    whole_picker,
 )
 from edge_moe.kernels.target import TARGET
 from edge_moe.kernels.wide_rows import is_wide
@@ -221,16 +220,16 @@ def _of_superblock(which: int) -> None:
         def packed_sums_of_superblock(fmt, block, x, scales, ahead):
             none = splat(i32x16, types.int32(0))
             fetch_0(ahead, block)
-            first, second = fmt.codes(block, 0), fmt.codes(block, 1)
-            low = in_turn(add_dot(none, first, load(i8x64, x)))
+            a, b = fmt.codes(block, 0), fmt.codes(block, 1)  # before the dots, so that what both need is read once
+            low = in_turn(add_dot(none, a, load(i8x64, x)))
             fetch_1(ahead, block)
-            high = in_turn(add_dot(none, second, load(i8x64, x + 64)))
+            high = in_turn(add_dot(none, b, load(i8x64, x + 64)))
             total = pair_dot(packed_sums(low, high), s_01(scales))
             fetch_2(ahead, block)
-            first, second = fmt.codes(block, 2), fmt.codes(block, 3)
-            low = in_turn(add_dot(none, first, load(i8x64, x + 128)))
+            a, b = fmt.codes(block, 2), fmt.codes(block, 3)
+            low = in_turn(add_dot(none, a, load(i8x64, x + 128)))
             fetch_3(ahead, block)
-            high = add_dot(none, second, load(i8x64, x + 192))
+            high = add_dot(none, b, load(i8x64, x + 192))
             return convert(f32x16, total + pair_dot(packed_sums(low, high), s_23(scales)))
 
         return packed_sums_of_superblock if _is_packed(fmt) else superblock_sums

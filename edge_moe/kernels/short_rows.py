@@ -17,8 +17,9 @@ from edge_moe.kernels.activations import (
 from edge_moe.kernels.blocks import BlockFormat, FormatTag, SuperblockFormat
 from edge_moe.kernels.folds import quarter_sums, quarters
 from edge_moe.kernels.jit import kernel_method
+from edge_moe.kernels.picks import picker
 from edge_moe.kernels.rows import ROWS_AT_ONCE, store_sums
-from edge_moe.kernels.simd import f32x4, f32x16, hidden, i16x16, join, load, picker, splat
+from edge_moe.kernels.simd import f32x4, f32x16, hidden, i16x16, join, load, splat
 from edge_moe.kernels.wide_rows import is_wide
 
 RUN_BYTES = 24576  # of rows that stay in the first level of the cache for all of a unit's tokens

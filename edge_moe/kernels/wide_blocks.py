@@ -14,23 +14,19 @@ from edge_moe.kernels.blocks import (
 from edge_moe.kernels.dots import stored_sign
 from edge_moe.kernels.file_numbers import bit_field, from_half
 from edge_moe.kernels.jit import inline_kernel, kernel_method
+from edge_moe.kernels.picks import bits_picker, pair_picker, picker, quartet_picker, whole_picker
 from edge_moe.kernels.simd import (
-    bits_picker,
     hidden,
     high_half,
     join,
     load,
     low_half,
-    pair_picker,
-    picker,
-    quartet_picker,
     u8x16,
     u8x64,
     u16x8,
     u16x32,
     u32x16,
     view,
-    whole_picker,
 )
 
 # ---- blocks of 32

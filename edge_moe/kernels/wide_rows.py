@@ -21,6 +21,7 @@ from edge_moe.kernels.fetches import fetchers
 from edge_moe.kernels.file_numbers import from_half
 from edge_moe.kernels.folds import quarter_sums
 from edge_moe.kernels.jit import inline_kernel, inlined_method
+from edge_moe.kernels.picks import picker, widener
 from edge_moe.kernels.simd import (
     convert,
     f32x4,
@@ -35,9 +36,7 @@ from edge_moe.kernels.simd import (
     in_turn,
     join,
     load,
-    picker,
     splat,
-    widener,
 )
 from edge_moe.kernels.target import TARGET
 
