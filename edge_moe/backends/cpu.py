@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_moe.backends.protocol import Compute
 from edge_moe.backends.recorder import Program
+from edge_moe.backends.rotations import rotations_at
 from edge_moe.backends.streaming import stream_experts
 from edge_moe.config import DeepseekV2Config, LlamaConfig, ModelConfig
 from edge_moe.expert_store import ExpertStore
@@ -97,9 +98,9 @@ class CpuBackend:
     def rotations(
         self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin f32[T,P/2] of the next positions, times `factor`; angles in f64. inv_freq f64[P/2]."""
-        angles = np.arange(cache.length, cache.length + n_tokens)[:, None] * inv_freq
-        return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+        """cos and sin f32[T,P/2] of the next positions, times `factor`. inv_freq f64[P/2]."""
+        cos, sin = rotations_at(cache.length, n_tokens, inv_freq, factor)
+        return cos, sin
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """a + b, both f32[T,D]."""

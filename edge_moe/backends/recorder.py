@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edge_moe.backends.protocol import Compute
+from edge_moe.backends.rotations import rotations_at
 from edge_moe.backends.streaming import stream_experts
 from edge_moe.expert_store import ExpertStore
 from edge_moe.kernels import product_units as units
@@ -112,18 +113,14 @@ class Recorder:
     def rotations(self, cache: TokenCache, n_tokens: int, inv_freq: np.ndarray, factor: float):
         """cos and sin f32[1,P/2] of the token's position, renewed before each run."""
         cos, sin = self._empty(1, len(inv_freq)), self._empty(1, len(inv_freq))
-        all_cos, all_sin = np.empty((2, ROTATIONS_AT_ONCE, len(inv_freq)), np.float32)
-        known = -1
+        known, table = -1, np.empty((2, 0, 0), np.float32)
 
         def rotate(position: int) -> None:
-            nonlocal known
+            nonlocal known, table
             if position // ROTATIONS_AT_ONCE != known:
                 known = position // ROTATIONS_AT_ONCE
-                positions = np.arange(ROTATIONS_AT_ONCE * known, ROTATIONS_AT_ONCE * (known + 1))
-                angles = positions[:, None] * inv_freq
-                np.multiply(np.cos(angles), factor, out=all_cos, casting="same_kind")
-                np.multiply(np.sin(angles), factor, out=all_sin, casting="same_kind")
-            cos[0], sin[0] = all_cos[position % ROTATIONS_AT_ONCE], all_sin[position % ROTATIONS_AT_ONCE]
+                table = rotations_at(ROTATIONS_AT_ONCE * known, ROTATIONS_AT_ONCE, inv_freq, factor)
+            cos[0], sin[0] = table[:, position % ROTATIONS_AT_ONCE]
 
         self.rotate.append(rotate)
         return cos, sin

@@ -7,6 +7,7 @@ import numpy as np
 
 from edge_moe.backends.mlx.cache import MlxCache
 from edge_moe.backends.mlx.weights import MlxWeights
+from edge_moe.backends.rotations import rotations_at
 from edge_moe.backends.streaming import stream_experts
 from edge_moe.expert_store import ExpertStore
 from edge_moe.weights import Weight
@@ -29,9 +30,9 @@ class MlxOperations:
         self.n_evaluations += 1
 
     def rotations(self, cache: MlxCache, n_tokens: int, inv_freq: np.ndarray, factor: float) -> tuple[Any, Any]:
-        """cos and sin [T,P/2] of the pass's positions, made in f64."""
-        angles = np.arange(self.position, self.position + n_tokens)[:, None] * inv_freq
-        return tuple(self._mx.array((f(angles) * factor).astype(np.float32)) for f in (np.cos, np.sin))
+        """cos and sin [T,P/2] of the pass's positions."""
+        cos, sin = rotations_at(self.position, n_tokens, inv_freq, factor)
+        return self._mx.array(cos), self._mx.array(sin)
 
     def embed(self, weight: Weight, token_ids: Any) -> Any:
         """Rows of the embedding matrix. token_ids [T] -> [T,D]."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_moe.backends.protocol import Compute
+from edge_moe.backends.rotations import rotations_at
 from edge_moe.backends.vulkan.arrays import Allocator, DeviceArray
 from edge_moe.backends.vulkan.cache import DeviceCache
 from edge_moe.backends.vulkan.device import buffer_bytes
@@ -97,12 +98,11 @@ class DeviceRecorder:
     def rotations(
         self, cache: DeviceCache, n_tokens: int, inv_freq: np.ndarray, factor: float
     ) -> tuple[DeviceArray, DeviceArray]:
-        """cos and sin [T,P/2], made on the CPU in f64 for each run: angles of long contexts are too coarse in f32."""
+        """cos and sin [T,P/2], made on the CPU for each run."""
         both = self.arena.take(2, n_tokens, len(inv_freq))
 
         def values(position: int) -> np.ndarray:
-            angles = np.arange(position, position + n_tokens)[:, None] * inv_freq
-            return (np.stack([np.cos(angles), np.sin(angles)]) * factor).astype(np.float32)
+            return rotations_at(position, n_tokens, inv_freq, factor)
 
         self.recording.inputs.append((both, values))
         return both[0], both[1]
